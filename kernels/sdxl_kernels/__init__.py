@@ -1,0 +1,1 @@
+"""Fused operations on tensors. Knows torch, knows nothing of SDXL."""

@@ -1,0 +1,53 @@
+"""Scaled dot-product attention, always through torch's fused kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+MATH_LIMIT = 1 << 20
+"""Largest number of scores per head that the unfused kernel may materialise on CUDA."""
+
+
+def cuda_backends(q: Tensor, k: Tensor) -> list[SDPBackend]:
+    """The fused CUDA kernels that can take these tensors, best first.
+
+    Flash and cuDNN take 16-bit types with head widths up to 256 that are multiples of 8; the
+    memory-efficient kernel takes every type. The math kernel holds all scores at once (16,384 tokens of
+    the VAE would be 1 GiB per image), so it is offered for small problems only.
+
+    Args:
+        q: queries [B, H, L, D].
+        k: keys [B, H, S, D].
+    """
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    width = q.shape[-1]
+    backends = []
+    if half and width % 8 == 0 and width <= 256:
+        backends += [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    backends.append(SDPBackend.EFFICIENT_ATTENTION)
+    if q.shape[-2] * k.shape[-2] <= MATH_LIMIT:
+        backends.append(SDPBackend.MATH)
+    return backends
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v.
+
+    Args:
+        q: queries [B, H, L, D].
+        k: keys [B, H, S, D].
+        v: values [B, H, S, D].
+
+    Returns:
+        [B, H, L, D].
+
+    Raises:
+        RuntimeError: on CUDA, when no fused kernel takes a problem too large for the unfused one.
+    """
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(cuda_backends(q, k), set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v)

@@ -1,0 +1,1 @@
+"""The networks of SDXL: torch modules and nothing else."""

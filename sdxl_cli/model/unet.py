@@ -1,0 +1,271 @@
+"""The denoising U-Net (paper section 2.1). Parameter names are those of the released single file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from sdxl_kernels.attention import attention
+from sdxl_kernels.convolution import downsample_conv, upsample_conv
+from sdxl_kernels.feedforward import geglu
+from sdxl_kernels.normalization import group_norm, group_norm_silu
+from torch import Tensor, nn
+
+from sdxl_cli.model.config import UNetConfig
+from sdxl_cli.model.embedding import sinusoidal
+
+RES_EPS = 1e-5
+TRANSFORMER_EPS = 1e-6  # the transformer's entry norm differs from the residual blocks' (sgm attention.py Normalize)
+
+
+class ResBlock(nn.Module):
+    """GN-SiLU-conv, plus the time embedding, GN-SiLU-conv, plus the input."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, in_channels, RES_EPS),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels, RES_EPS),
+            nn.SiLU(),
+            nn.Dropout(0.0),  # keeps the released names: the convolution is out_layers.3
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """[B, C, H, W] and the activated embedding [B, E] -> [B, D, H, W]."""
+        hidden = self.in_layers[2](_norm_silu(self.in_layers[0], x))
+        hidden = hidden + self.emb_layers[1](emb)[:, :, None, None]
+        hidden = self.out_layers[3](_norm_silu(self.out_layers[0], hidden))
+        return self.skip_connection(x) + hidden
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens on a context; on themselves when there is none."""
+
+    def __init__(self, width: int, context_width: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = width // head_width
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """[B, L, C] and [B, S, ctx] -> [B, L, C]."""
+        source = x if context is None else context
+        q, k, v = (
+            rearrange(tokens, "b l (h d) -> b h l d", h=self.heads)
+            for tokens in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
+        return self.to_out(rearrange(attention(q, k, v), "b h l d -> b l (h d)"))
+
+
+class GEGLU(nn.Module):
+    """The gated half of the feed-forward network."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, C] -> [B, L, inner]."""
+        return geglu(x, self.proj.weight, self.proj.bias)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(0.0), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, C] -> [B, L, C]."""
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each pre-normed and residual."""
+
+    def __init__(self, width: int, context_width: int, head_width: int) -> None:
+        super().__init__()
+        self.attn1 = Attention(width, width, head_width)
+        self.attn2 = Attention(width, context_width, head_width)
+        self.ff = FeedForward(width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """[B, L, C], [B, S, ctx] -> [B, L, C]."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map, around a residual."""
+
+    def __init__(self, width: int, depth: int, context_width: int, head_width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, TRANSFORMER_EPS)
+        self.proj_in = nn.Linear(width, width)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, context_width, head_width) for _ in range(depth)
+        )
+        self.proj_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """[B, C, H, W], [B, S, ctx] -> [B, C, H, W]."""
+        norm = self.norm
+        tokens = group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        tokens = self.proj_in(rearrange(tokens, "b c h w -> b (h w) c"))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[2]) + x
+
+
+class Downsample(nn.Module):
+    """Halves height and width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H/2, W/2], rounded up."""
+        return downsample_conv(x, self.op.weight, self.op.bias)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, 2H, 2W]."""
+        return upsample_conv(x, self.conv.weight, self.conv.bias)
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or v) in a latent, given timestep, text features and the conditioning vector."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, emb = config.model_channels, 4 * config.model_channels
+        self.time_embed = _mlp(width, emb)
+        self.label_emb = nn.Sequential(_mlp(config.adm_in_channels, emb))
+        self.input_blocks, skips = _input_blocks(config)
+        deepest = skips[-1]
+        self.middle_block = nn.Sequential(
+            ResBlock(deepest, deepest, emb, config.norm_groups),
+            _transformer(config, deepest, config.transformer_depth_middle),
+            ResBlock(deepest, deepest, emb, config.norm_groups),
+        )
+        self.output_blocks = _output_blocks(config, skips)
+        self.out = nn.Sequential(
+            nn.GroupNorm(config.norm_groups, width, RES_EPS),
+            nn.SiLU(),
+            nn.Conv2d(width, config.out_channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> Tensor:
+        """One evaluation of the network.
+
+        Args:
+            x: noisy latents, scaled to unit variance [B, in, h, w]; h and w are multiples of
+                2^(levels - 1), 4 for SDXL.
+            timesteps: integer noise levels 0 … 999 [B].
+            context: text features [B, T, context_dim].
+            y: pooled text and micro-conditions [B, adm_in_channels].
+
+        Returns:
+            The prediction [B, out, h, w].
+        """
+        features = sinusoidal(timesteps, self.config.model_channels).to(x.dtype)
+        # every residual block activates the embedding first: once is enough
+        emb = nn.functional.silu(self.time_embed(features) + self.label_emb(y))
+        skips = []
+        for block in self.input_blocks:
+            x = _run(block, x, emb, context)
+            skips.append(x)
+        x = _run(self.middle_block, x, emb, context)
+        for block in self.output_blocks:
+            x = _run(block, torch.cat([x, skips.pop()], dim=1), emb, context)
+        return self.out[2](_norm_silu(self.out[0], x))
+
+
+def _run(block: nn.Module, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    for layer in block.children():
+        match layer:
+            case ResBlock():
+                x = layer(x, emb)
+            case SpatialTransformer():
+                x = layer(x, context)
+            case _:
+                x = layer(x)
+    return x
+
+
+def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(norm, nn.GroupNorm)
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+def _mlp(inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def _transformer(config: UNetConfig, width: int, depth: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        width, depth, config.context_dim, config.num_head_channels, config.norm_groups
+    )
+
+
+def _level(config: UNetConfig, level: int, in_channels: int) -> list[nn.Module]:
+    """A residual block of a level, and its transformer where the level has one."""
+    width = config.model_channels * config.channel_mult[level]
+    layers: list[nn.Module] = [
+        ResBlock(in_channels, width, 4 * config.model_channels, config.norm_groups)
+    ]
+    if depth := config.transformer_depth[level]:
+        layers.append(_transformer(config, width, depth))
+    return layers
+
+
+def _input_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
+    """The way down, and the width of every block's output, for the skip connections."""
+    width = config.model_channels
+    blocks = [nn.Sequential(nn.Conv2d(config.in_channels, width, 3, padding=1))]
+    skips = [width]
+    for level, mult in enumerate(config.channel_mult):
+        for _ in range(config.num_res_blocks):
+            blocks.append(nn.Sequential(*_level(config, level, skips[-1])))
+            skips.append(mult * config.model_channels)
+        if level < len(config.channel_mult) - 1:
+            blocks.append(nn.Sequential(Downsample(skips[-1])))
+            skips.append(skips[-1])
+    return nn.ModuleList(blocks), skips
+
+
+def _output_blocks(config: UNetConfig, skips: Sequence[int]) -> nn.ModuleList:
+    """The way up: each block reads the last output and one skip."""
+    remaining, width, blocks = list(skips), skips[-1], []
+    for level in reversed(range(len(config.channel_mult))):
+        for index in range(config.num_res_blocks + 1):
+            layers = _level(config, level, width + remaining.pop())
+            width = config.model_channels * config.channel_mult[level]
+            if level and index == config.num_res_blocks:
+                layers.append(Upsample(width))
+            blocks.append(nn.Sequential(*layers))
+    assert not remaining
+    return nn.ModuleList(blocks)
