@@ -167,10 +167,13 @@ REFINER = ModelConfig(
 )
 """sd_xl_refiner_1.0 (sgm configs/inference/sd_xl_refiner.yaml)."""
 
+_TINY_VAE = VAEConfig(channels=16, channel_mult=(1, 2, 4, 6), num_res_blocks=1, norm_groups=4)
+_TINY_BIG_G = TextTowerConfig(width=96, layers=3, heads=6, activation="gelu", embed_dim=96)
+
 TINY = ModelConfig(
     unet=UNetConfig(
-        model_channels=48,
-        channel_mult=(1, 2, 4),
+        model_channels=32,
+        channel_mult=(1, 2, 5),
         num_res_blocks=1,
         transformer_depth=(0, 1, 2),
         transformer_depth_middle=2,
@@ -179,9 +182,9 @@ TINY = ModelConfig(
         adm_in_channels=96 + 6 * 256,
         norm_groups=8,
     ),
-    vae=VAEConfig(channels=24, channel_mult=(1, 2, 3, 4), num_res_blocks=1, norm_groups=4),
+    vae=_TINY_VAE,
     clip_l=TextTowerConfig(width=64, layers=3, heads=4, activation="quick_gelu", embed_dim=64),
-    big_g=TextTowerConfig(width=96, layers=3, heads=6, activation="gelu", embed_dim=96),
+    big_g=_TINY_BIG_G,
     scalars=("original_size", "crop_top_left", "target_size"),
     native_size=256,
 )
@@ -189,7 +192,7 @@ TINY = ModelConfig(
 
 TINY_REFINER = ModelConfig(
     unet=UNetConfig(
-        model_channels=48,
+        model_channels=32,
         channel_mult=(1, 2, 4),
         num_res_blocks=1,
         transformer_depth=(0, 1, 1),
@@ -199,9 +202,9 @@ TINY_REFINER = ModelConfig(
         adm_in_channels=96 + 5 * 256,
         norm_groups=8,
     ),
-    vae=TINY.vae,
+    vae=_TINY_VAE,
     clip_l=None,
-    big_g=TINY.big_g,
+    big_g=_TINY_BIG_G,
     scalars=("original_size", "crop_top_left", "aesthetic_score"),
     native_size=256,
 )

@@ -1,0 +1,1 @@
+"""The mathematics of noise, without networks: schedules, denoisers, guidance, samplers."""

@@ -1,0 +1,133 @@
+"""The noise levels SDXL was trained on, and the n-step grids through them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sdxl_cli.errors import UsageError
+
+TRAIN_STEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012
+
+
+def sigma_table() -> Tensor:
+    """The 1000 noise levels, ascending, 0.0292 … 14.6146 (facts: sgm discretizer.py).
+
+    sigma² = (1 - ᾱ) / ᾱ with "scaled linear" betas, in float64 until the last step.
+
+    Returns:
+        float32 [1000].
+    """
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1.0 - betas, dim=0)
+    return ((1.0 - alphas) / alphas).float() ** 0.5
+
+
+class NoiseSchedule:
+    """The table of noise levels, with the two ways through it: index -> sigma and sigma -> nearest index."""
+
+    def __init__(self, sigmas: Tensor | None = None) -> None:
+        self.sigmas = sigma_table() if sigmas is None else sigmas
+        """float32 [1000], ascending, on the CPU."""
+
+    @property
+    def sigma_min(self) -> float:
+        """The smallest noise level."""
+        return float(self.sigmas[0])
+
+    @property
+    def sigma_max(self) -> float:
+        """The largest noise level."""
+        return float(self.sigmas[-1])
+
+    def index_of(self, sigma: float) -> int:
+        """The index of the nearest noise level; the lower one on a tie (sgm DiscreteDenoiser)."""
+        return int((self.sigmas - sigma).abs().argmin())
+
+    def at(self, index: Tensor) -> Tensor:
+        """Noise levels at fractional indices, linear in log sigma (k-diffusion t_to_sigma)."""
+        low, high = index.floor().long(), index.ceil().long()
+        weight = (index - low).float()
+        logs = self.sigmas.log()
+        return ((1 - weight) * logs[low] + weight * logs[high]).exp()
+
+
+Grid = Callable[[NoiseSchedule, int], Tensor]
+"""A schedule and a number of steps n -> float32 [n + 1] noise levels, descending, the last one 0."""
+
+
+def _ended(sigmas: Tensor) -> Tensor:
+    return torch.cat([sigmas.float(), torch.zeros(1)])
+
+
+def sgm(schedule: NoiseSchedule, n: int) -> Tensor:
+    """The original's grid: indices int(linspace(999, 0, n, endpoint excluded)); for n = 10: 999, 899 … 99."""
+    size = len(schedule.sigmas)
+    # the original's arithmetic, so that every index is truncated alike (sgm generate_roughly_equally_spaced_steps)
+    indices = torch.linspace(size - 1, 0, n + 1, dtype=torch.float64)[:-1].long()
+    return _ended(schedule.sigmas[indices])
+
+
+def normal(schedule: NoiseSchedule, n: int) -> Tensor:
+    """Evenly spaced from the largest index down to 0 (A1111 "Uniform", ComfyUI "normal")."""
+    return _ended(schedule.at(torch.linspace(len(schedule.sigmas) - 1, 0, n, dtype=torch.float64)))
+
+
+def trailing(schedule: NoiseSchedule, n: int) -> Tensor:
+    """Indices round(1000 - 1000 i / n) - 1 (diffusers "trailing", ComfyUI "sgm_uniform")."""
+    size = len(schedule.sigmas)
+    steps = torch.arange(n, dtype=torch.float64)
+    return _ended(schedule.sigmas[torch.round(size - steps * size / n).long() - 1])
+
+
+def leading(schedule: NoiseSchedule, n: int) -> Tensor:
+    """Indices (n - 1 - i) · (1000 // n) + 1: the released scheduler_config (diffusers "leading", offset 1)."""
+    size = len(schedule.sigmas)
+    indices = torch.arange(n - 1, -1, -1) * (size // n) + 1
+    return _ended(schedule.sigmas[indices.clamp(max=size - 1)])
+
+
+def karras(schedule: NoiseSchedule, n: int) -> Tensor:
+    """Even in sigma^(1/7) (arXiv 2206.00364, eq. 5)."""
+    rho = 7.0
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    low, high = schedule.sigma_min ** (1 / rho), schedule.sigma_max ** (1 / rho)
+    return _ended((high + ramp * (low - high)) ** rho)
+
+
+def exponential(schedule: NoiseSchedule, n: int) -> Tensor:
+    """Even in log sigma (k-diffusion)."""
+    low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
+    return _ended(torch.linspace(high, low, n, dtype=torch.float64).exp())
+
+
+GRIDS: dict[str, Grid] = {
+    "sgm": sgm,
+    "normal": normal,
+    "trailing": trailing,
+    "leading": leading,
+    "karras": karras,
+    "exponential": exponential,
+}
+"""Grids by name, as ``--scheduler`` takes them."""
+
+ALIASES = {"sgm_uniform": "trailing", "uniform": "normal", "discrete": "normal"}
+
+
+def resolve(name: str) -> Grid:
+    """The grid of that name.
+
+    Raises:
+        UsageError: no such grid; names the nearest.
+    """
+    key = name.strip().lower().replace(" ", "_").replace("-", "_")
+    key = ALIASES.get(key, key)
+    if key in GRIDS:
+        return GRIDS[key]
+    near = difflib.get_close_matches(key, [*GRIDS, *ALIASES], n=3, cutoff=0.4) or list(GRIDS)
+    raise UsageError(f"--scheduler {name!r} is unknown; did you mean {', '.join(near)}?")
