@@ -55,7 +55,7 @@ class Interrupted(SdxlError):
 def unknown(what: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not in a table: says the nearest names, or all of them when none is near.
 
-    ``what`` is the kind of thing in a word or two (``"sampler"``, ``"preset key"``), ``known`` every name allowed.
+    ``what`` is the kind of thing in a word or two (``"sampler"``), ``known`` every name allowed.
     """
     names = sorted(set(known))
     folded = {candidate.lower(): candidate for candidate in names}

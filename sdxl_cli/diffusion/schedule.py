@@ -67,10 +67,10 @@ def _ended(sigmas: Tensor) -> Tensor:
 
 def sgm(schedule: NoiseSchedule, n: int) -> Tensor:
     """The original's grid: indices int(linspace(999, 0, n, endpoint excluded)); for n = 10: 999, 899 … 99."""
-    size = len(schedule.sigmas)
-    # the original's arithmetic, so that every index is truncated alike (sgm generate_roughly_equally_spaced_steps)
-    indices = torch.linspace(size - 1, 0, n + 1, dtype=torch.float64)[:-1].long()
-    return _ended(schedule.sigmas[indices])
+    last = len(schedule.sigmas) - 1
+    # numpy.linspace's arithmetic, start + i · step, so that every index truncates as the original's does
+    indices = last + torch.arange(n, dtype=torch.float64) * (-last / n)
+    return _ended(schedule.sigmas[indices.long()])
 
 
 def normal(schedule: NoiseSchedule, n: int) -> Tensor:
