@@ -1,0 +1,1 @@
+"""The tiny model that comes with the program, as files."""

@@ -1,0 +1,1 @@
+"""A file per subcommand: flags to a request, one call, print the result."""

@@ -1,0 +1,1 @@
+"""Latents and checkpoints under the lamp."""
