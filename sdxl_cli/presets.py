@@ -73,8 +73,7 @@ def layered(
         _merge(merged, _check(cls, _parse_set(text), f"--set {text}"))
     for key, value in (flags or {}).items():
         if value is not None:
-            flag = "--" + key.rpartition(".")[2].replace("_", "-")
-            _merge(merged, _check(cls, _nest(key, value), flag))
+            _merge(merged, _check(cls, _nest(key, value), "command line"))
     return _build(cls, merged, str(config or preset or cls.__name__))
 
 
