@@ -1,0 +1,127 @@
+"""Files to models: built on the meta device, then given their tensors straight from the mapped file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+
+from sdxl_cli.checkpoint.diffusers_folder import Component
+from sdxl_cli.checkpoint.files import ModelFiles
+from sdxl_cli.checkpoint.identify import CLIP_L, TOKEN_IDS, UNET, VAE, big_g_prefix, compare
+from sdxl_cli.checkpoint.layouts import (
+    Plan,
+    Source,
+    big_g_to_original,
+    clip_l_to_original,
+    prefixed,
+    unet_to_original,
+    vae_to_original,
+)
+from sdxl_cli.checkpoint.tensor_file import Joined, Renamed, TensorFile, Tensors
+from sdxl_cli.checkpoint.vocabulary import Expanded
+from sdxl_cli.errors import FileError
+from sdxl_cli.model.config import ModelConfig
+from sdxl_cli.model.sdxl import ALL_PARTS, PREFIXES, SDXL, Part
+from sdxl_cli.model.vae import Autoencoder
+
+
+def load_model(
+    files: ModelFiles,
+    parts: Collection[Part] = ALL_PARTS,
+    *,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> SDXL:
+    """Load a model, or parts of it, ready to run: eval mode, no gradients.
+
+    Where the file already has the wanted dtype and the device is the CPU, the parameters are the file's own pages
+    and nothing is copied; otherwise every tensor is cast and moved by itself.
+
+    Args:
+        files: from :func:`sdxl_cli.checkpoint.locate.locate`.
+        parts: which networks to load.
+        dtype: of the U-Net and the text encoders.
+        vae_dtype: of the autoencoder.
+        device: where the model is to be.
+
+    Raises:
+        FileError: tensors are missing, unexpected or of another shape; the text names the first of them.
+    """
+    with torch.device("meta"):
+        model = SDXL(files.config, parts)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = Expanded(_of_parts(open_tensors(files), parts), files.config)
+    if differences := str(compare(tensors.shapes, wanted)):
+        raise FileError(f"{files.path} does not fit {files.identity.label}: {differences}")
+    state = {}
+    for name in tensors.shapes:
+        if name in wanted:
+            cast = vae_dtype if name.startswith(PREFIXES["vae"]) else dtype
+            state[name] = tensors.read(name, cast).reshape(wanted[name]).to(device)
+    # what a file may lack is used by nothing
+    state |= {
+        name: torch.zeros(wanted[name], dtype=dtype, device=device) for name in wanted if name not in state
+    }
+    model.load_state_dict(state, assign=True)
+    model.known_token_ids = tensors.known_token_ids
+    # moves the buffers that are in no file
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_vae(files: ModelFiles, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Autoencoder:
+    """Load the autoencoder alone, from a whole model or a VAE's own file; see :func:`load_model`."""
+    return load_model(files, _VAE_ONLY, dtype=dtype, vae_dtype=dtype, device=device).vae
+
+
+def open_tensors(files: ModelFiles) -> Tensors:
+    """All tensors of a model under the names of the original single file; none is read yet.
+
+    Raises:
+        FileError: a file is missing or damaged.
+    """
+    if files.vae is not None:
+        other = _of_parts(open_tensors(files.vae), _VAE_ONLY)
+        mine = _of_parts(_opened(files), ("unet", "text"))
+        return Joined([mine, other])
+    return _opened(files)
+
+
+def _opened(files: ModelFiles) -> Tensors:
+    return Joined([_original(component, files) for component in files.components])
+
+
+def _original(component: Component, files: ModelFiles) -> Tensors:
+    """A component's tensors under the names of the single file."""
+    tensors: Tensors = Joined([TensorFile(path) for path in component.paths])
+    keys, config = list(tensors.shapes), files.config
+    kind = component.name if component.name != "model" else files.identity.kind
+    if kind == "vae" and all(not key.startswith(VAE) for key in keys):
+        bare = vae_to_original(keys, config.vae) if files.layout == "diffusers" else _same(keys)
+        return Renamed(tensors, prefixed(bare, VAE))
+    if component.name == "model":
+        return tensors
+    return Renamed(tensors, _FOLDER[component.name](keys, config))
+
+
+_VAE_ONLY: tuple[Part, ...] = ("vae",)
+
+_FOLDER: Mapping[str, Callable[[list[str], ModelConfig], Plan]] = {
+    "unet": lambda keys, config: prefixed(unet_to_original(keys, config.unet), UNET),
+    "text_encoder": lambda keys, _: prefixed(clip_l_to_original(keys), CLIP_L),
+    "text_encoder_2": lambda keys, config: prefixed(big_g_to_original(keys), big_g_prefix(config)),
+}
+
+
+def _same(keys: Collection[str]) -> Plan:
+    return {key: Source((key,)) for key in keys}
+
+
+def _of_parts(tensors: Tensors, parts: Collection[Part]) -> Tensors:
+    """Only the tensors of some parts; what belongs to no part is left out."""
+    prefixes = tuple(PREFIXES[part] for part in parts)
+    keep = [name for name in tensors.shapes if name.startswith(prefixes)]
+    if "text" in parts and TOKEN_IDS in tensors.shapes:
+        keep.append(TOKEN_IDS)
+    return Renamed(tensors, _same(keep))
