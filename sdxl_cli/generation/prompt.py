@@ -145,9 +145,15 @@ class Tokenizer:
 
 def _byte_letters() -> dict[int, str]:
     """A printable letter for each byte: printable bytes stand for themselves, the others start at U+0100."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in sorted(printable)} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in sorted(printable)} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:

@@ -1,0 +1,122 @@
+"""The flags that ``generate`` and ``refine`` share, and what becomes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+MODEL, CONDITIONS, MACHINE, OUTPUT = (
+    "Model",
+    "What the model is told",
+    "Where it runs",
+    "Output and configuration",
+)
+
+PromptTwo = Annotated[
+    str | None, typer.Option("--prompt-2", help="Another prompt for the bigG text encoder.", metavar="TEXT")
+]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(
+        "--negative-prompt", "--neg", "-n", help="What should not be in the picture.", metavar="TEXT"
+    ),
+]
+Vae = Annotated[
+    str | None,
+    typer.Option(help="Another autoencoder: file or folder.", metavar="FILE", rich_help_panel=MODEL),
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.", metavar="N")
+]
+CfgScale = Annotated[
+    float | None,
+    typer.Option(
+        "--cfg-scale", "--guidance-scale", help="Strength of the prompt; 1 is no guidance.", metavar="X"
+    ),
+]
+Sampler = Annotated[
+    str | None,
+    typer.Option("--sampler", "--sampling-method", help="Such as euler, dpmpp_2m.", metavar="NAME"),
+]
+Scheduler = Annotated[str | None, typer.Option(help="Noise levels: sgm, karras, normal, ...", metavar="NAME")]
+Seed = Annotated[int | None, typer.Option("--seed", "-s", help="First seed; -1 draws one.", metavar="N")]
+
+OriginalSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Size before resizing; default: the output size.", metavar="WxH", rich_help_panel=CONDITIONS
+    ),
+]
+CropTopLeft = Annotated[
+    str | None,
+    typer.Option(help="Pixels cut off above and left.", metavar="TOP,LEFT", rich_help_panel=CONDITIONS),
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(help="Size aimed at; default: the output size.", metavar="WxH", rich_help_panel=CONDITIONS),
+]
+AestheticScore = Annotated[
+    float | None,
+    typer.Option(help="For the refiner, about 1 to 10.", metavar="X", rich_help_panel=CONDITIONS),
+]
+NegativeOriginalSize = Annotated[
+    str | None,
+    typer.Option(help="The same, for the negative side.", metavar="WxH", rich_help_panel=CONDITIONS),
+]
+NegativeCropTopLeft = Annotated[
+    str | None,
+    typer.Option(help="The same, for the negative side.", metavar="TOP,LEFT", rich_help_panel=CONDITIONS),
+]
+NegativeTargetSize = Annotated[
+    str | None,
+    typer.Option(help="The same, for the negative side.", metavar="WxH", rich_help_panel=CONDITIONS),
+]
+NegativeAestheticScore = Annotated[
+    float | None,
+    typer.Option(help="The same, for the negative side.", metavar="X", rich_help_panel=CONDITIONS),
+]
+
+Device = Annotated[
+    str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", metavar="NAME", rich_help_panel=MACHINE)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", "--precision", help="auto, fp32, bf16 or fp16.", metavar="NAME", rich_help_panel=MACHINE
+    ),
+]
+VaeDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the autoencoder: auto (fp32), bf16 or fp16.", metavar="NAME", rich_help_panel=MACHINE
+    ),
+]
+
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="A folder, or a .png, .jpg or .webp file; default: outputs/.",
+        metavar="PATH",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the --output file if it is there.", rich_help_panel=OUTPUT),
+]
+NoMetadata = Annotated[
+    bool,
+    typer.Option(
+        "--no-metadata", help="Do not write into the picture how it was made.", rich_help_panel=OUTPUT
+    ),
+]
+
+
+def flags_of(request: type[Any], given: Mapping[str, object]) -> dict[str, object]:
+    """Those of a command's arguments that are fields of its request, by name; None is "not given"."""
+    return {field.name: given[field.name] for field in dataclasses.fields(request) if field.name in given}

@@ -1,0 +1,217 @@
+"""``sdxl generate``: text to picture."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdxl_cli import console as consoles
+from sdxl_cli import presets
+from sdxl_cli.commands import _sampling as flags
+from sdxl_cli.commands._options import Config, Json, Preset, Quiet, Set
+from sdxl_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from sdxl_cli.checkpoint.files import ModelFiles
+    from sdxl_cli.console import Console
+    from sdxl_cli.generation.metadata import Stored
+    from sdxl_cli.generation.picture import Target
+    from sdxl_cli.generation.pipeline import Models
+    from sdxl_cli.generation.plan import Plan
+    from sdxl_cli.generation.request import GenerateRequest
+
+PANEL = "Generate"
+MODEL = flags.MODEL
+
+
+def command(
+    prompt: Annotated[str | None, typer.Argument(help="What the picture shows.", show_default=False)] = None,
+    negative_prompt: flags.NegativePrompt = None,
+    size: Annotated[
+        str | None, typer.Option(help="Such as 1216x832, or a ratio such as 16:9.", metavar="WxH")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", "-W", help="Wins over --size.", metavar="PIXELS")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option("--height", "-H", help="Wins over --size.", metavar="PIXELS")
+    ] = None,
+    steps: flags.Steps = None,
+    cfg_scale: flags.CfgScale = None,
+    sampler: flags.Sampler = None,
+    scheduler: flags.Scheduler = None,
+    seed: flags.Seed = None,
+    num_images: Annotated[
+        int | None, typer.Option("--num-images", help="Pictures; seeds count up.", metavar="N")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pictures at once on a GPU; a CPU makes them one by one.", metavar="N")
+    ] = None,
+    prompt_2: flags.PromptTwo = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", help="Make this picture again; other flags change it.", metavar="PICTURE"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            "--ckpt",
+            help="Checkpoint file, diffusers folder or cached hub id; default: SDXL if it is in the local cache, "
+            "else the bundled tiny model.",
+            metavar="FILE",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    refiner: Annotated[
+        str | None,
+        typer.Option(
+            help="Does the last steps: file, folder or bundled.", metavar="FILE", rich_help_panel=MODEL
+        ),
+    ] = None,
+    refiner_switch_at: Annotated[
+        float | None,
+        typer.Option(
+            "--refiner-switch-at",
+            "--high-noise-frac",
+            help="Share of the noise that the base removes.",
+            metavar="X",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    vae: flags.Vae = None,
+    original_size: flags.OriginalSize = None,
+    crop_top_left: flags.CropTopLeft = None,
+    target_size: flags.TargetSize = None,
+    aesthetic_score: flags.AestheticScore = None,
+    negative_original_size: flags.NegativeOriginalSize = None,
+    negative_crop_top_left: flags.NegativeCropTopLeft = None,
+    negative_target_size: flags.NegativeTargetSize = None,
+    negative_aesthetic_score: flags.NegativeAestheticScore = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = None,
+    vae_dtype: flags.VaeDtype = None,
+    output: flags.Output = None,
+    overwrite: flags.Overwrite = False,
+    no_metadata: flags.NoMetadata = False,
+    preset: Preset = None,
+    config: Config = None,
+    sets: Set = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Make pictures from a prompt."""
+    given = dict(locals())
+    console = consoles.configure(quiet=quiet, json=as_json)
+
+    from sdxl_cli.generation.picture import target
+    from sdxl_cli.generation.request import require_prompts_fit
+
+    request, stored = _request(given)
+    require_prompts_fit(request)
+    files = _locate(request, console)
+    place = target(output, prefix="sdxl", count=request.num_images, overwrite=overwrite)
+    plan, models = _prepare(request, files, stored, console)
+    _make(plan, models, place, console, keep_record=not no_metadata)
+
+
+def _request(given: dict[str, Any]) -> tuple[GenerateRequest, Stored | None]:
+    """What is asked for: the flags over the preset, or over what a picture says of itself."""
+    from sdxl_cli.generation.request import GenerateRequest
+
+    asked = flags.flags_of(GenerateRequest, given)
+    if given["from_"] is None:
+        if asked["prompt"] is None and not given["config"] and not given["sets"] and not given["preset"]:
+            raise UsageError('what should the picture show? For example: sdxl generate "a red guitar"')
+        return (
+            presets.layered(
+                GenerateRequest,
+                preset=given["preset"] or "generate",
+                config=given["config"],
+                sets=given["sets"] or (),
+                flags=asked,
+            ),
+            None,
+        )
+    if given["preset"] or given["config"]:
+        raise UsageError("--from says everything already; change it with flags or --set instead of a preset")
+    return _again(given["from_"], given["sets"] or [], asked)
+
+
+def _again(picture: Path, sets: list[str], asked: dict[str, object]) -> tuple[GenerateRequest, Stored]:
+    """The request a picture was made from, with changes."""
+    from dataclasses import asdict
+
+    from sdxl_cli.generation.metadata import read_record
+    from sdxl_cli.generation.request import GenerateRequest
+
+    stored = read_record(picture)
+    if stored is None:
+        raise UsageError(f"{picture}: does not say how it was made; only pictures by sdxl can be made again")
+    if not isinstance(stored.request, GenerateRequest):
+        raise UsageError(
+            f"{picture}: was made by sdxl refine, from {stored.raw.get('source', {}).get('name')}"
+        )
+    before = presets.apply_overrides(stored.request, sets)
+    changed = {name: value for name, value in asked.items() if value is not None}
+    return presets.from_table(GenerateRequest, asdict(before) | changed, "flags"), stored
+
+
+def _locate(request: GenerateRequest, console: Console) -> list[ModelFiles]:
+    """The files of the base and, when asked for, of the refiner; wrong ones are told before torch is imported."""
+    from sdxl_cli.checkpoint.locate import locate
+
+    base = locate(request.model, "base")
+    if request.vae is not None:
+        base = base.with_vae(locate(request.vae, "vae"))
+    console.note(f"model: {base.describe()}")
+    if request.refiner is None:
+        return [base]
+    refiner = locate(request.refiner, "refiner")
+    if refiner.config.vae.z_channels != base.config.vae.z_channels:
+        raise UsageError(f"--refiner {request.refiner}: its latents are not those of {base.name}")
+    console.note(f"refiner: {refiner.describe()}")
+    return [base, refiner]
+
+
+def _prepare(
+    request: GenerateRequest, files: list[ModelFiles], stored: Stored | None, console: Console
+) -> tuple[Plan, Models]:
+    from sdxl_cli.generation.pipeline import Models
+    from sdxl_cli.generation.plan import plan_generation
+    from sdxl_cli.generation.session import open_weights, warn_of_another_model
+
+    plan = plan_generation(request, *(model.config for model in files))
+    if stored is not None:
+        warn_of_another_model(stored, files[0], console)
+    weights = open_weights(files, request, console)
+    models = Models(base=weights[0], refiner=weights[1] if len(weights) > 1 else None)
+    height, width = plan.framing.size
+    console.note(f"{width}x{height}, {plan.split()}, {plan.sampler.label}, cfg {request.cfg_scale:g}")
+    return plan, models
+
+
+def _make(plan: Plan, models: Models, place: Target, console: Console, *, keep_record: bool) -> None:
+    """Make, write and name every picture, as soon as it is there."""
+    from sdxl_cli.generation.picture import Texts
+    from sdxl_cli.generation.pipeline import generate, record
+
+    started, made = time.perf_counter(), []
+    for picture in generate(plan, models, console):
+        texts = record(plan, models, picture.seed).texts() if keep_record else Texts()
+        path = place.save(picture.pixels, picture.seed, texts)
+        console.print_result(str(path))
+        made.append({"path": path, "seed": picture.seed})
+    seconds = time.perf_counter() - started
+    console.note(f"{len(made)} picture{'s' if len(made) > 1 else ''} in {seconds:.1f} s")
+    result = {
+        "pictures": made,
+        "request": plan.request,
+        "framing": plan.framing,
+        "seconds": round(seconds, 3),
+    }
+    console.json(result)

@@ -1,0 +1,164 @@
+"""``sdxl refine``: a finished picture, gone over again by the refiner."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdxl_cli import console as consoles
+from sdxl_cli import presets
+from sdxl_cli.commands import _sampling as flags
+from sdxl_cli.commands._options import Config, Json, Preset, Quiet, Set
+from sdxl_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from sdxl_cli.checkpoint.files import ModelFiles
+    from sdxl_cli.console import Console
+    from sdxl_cli.generation.picture import Target
+    from sdxl_cli.generation.request import RefineRequest
+    from sdxl_cli.generation.weights import FileWeights
+
+PANEL = "Generate"
+
+
+def command(
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures to refine.", show_default=False)],
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            "--strength", "--denoising-strength", help="Share of the noise put back, 0 to 1.", metavar="X"
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Default: what the picture itself says it was made from.", metavar="TEXT"),
+    ] = None,
+    negative_prompt: flags.NegativePrompt = None,
+    steps: flags.Steps = None,
+    cfg_scale: flags.CfgScale = None,
+    sampler: flags.Sampler = None,
+    scheduler: flags.Scheduler = None,
+    seed: flags.Seed = None,
+    prompt_2: flags.PromptTwo = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "--refiner",
+            "-m",
+            help="Checkpoint file, diffusers folder or cached hub id; default: the SDXL refiner if it is in the "
+            "local cache, else the bundled one.",
+            metavar="FILE",
+            rich_help_panel=flags.MODEL,
+        ),
+    ] = None,
+    vae: flags.Vae = None,
+    original_size: flags.OriginalSize = None,
+    crop_top_left: flags.CropTopLeft = None,
+    target_size: flags.TargetSize = None,
+    aesthetic_score: flags.AestheticScore = None,
+    negative_original_size: flags.NegativeOriginalSize = None,
+    negative_crop_top_left: flags.NegativeCropTopLeft = None,
+    negative_target_size: flags.NegativeTargetSize = None,
+    negative_aesthetic_score: flags.NegativeAestheticScore = None,
+    device: flags.Device = None,
+    dtype: flags.Dtype = None,
+    vae_dtype: flags.VaeDtype = None,
+    output: flags.Output = None,
+    overwrite: flags.Overwrite = False,
+    no_metadata: flags.NoMetadata = False,
+    preset: Preset = None,
+    config: Config = None,
+    sets: Set = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Add some noise to pictures and let the refiner take it away again."""
+    given = dict(locals())
+    console = consoles.configure(quiet=quiet, json=as_json)
+
+    from sdxl_cli.generation.request import require_prompts_fit
+    from sdxl_cli.generation.session import open_weights
+
+    requests = [_request(picture, given) for picture in pictures]
+    for request in requests:
+        require_prompts_fit(request)
+    files = _locate(requests[0], console)
+    places = _places(pictures, output, overwrite)
+    weights = open_weights([files], requests[0], console)[0]
+    started, made = time.perf_counter(), []
+    for picture, request, place in zip(pictures, requests, places, strict=True):
+        made.append(_refine(picture, request, weights, place, console, keep_record=not no_metadata))
+    console.json({"pictures": made, "seconds": round(time.perf_counter() - started, 3)})
+
+
+def _request(picture: Path, given: dict[str, Any]) -> RefineRequest:
+    """What is asked for; the prompts come from the picture when no flag has them."""
+    from sdxl_cli.generation.metadata import read_record
+    from sdxl_cli.generation.request import RefineRequest
+
+    stored = read_record(picture)
+    asked = flags.flags_of(RefineRequest, given)
+    if asked["prompt"] is None and stored is not None:
+        for name in ("prompt", "prompt_2", "negative_prompt"):
+            asked[name] = asked[name] if asked[name] is not None else getattr(stored.request, name)
+    if asked["prompt"] is None:
+        raise UsageError(f"{picture}: does not say what it shows; give --prompt")
+    return presets.layered(
+        RefineRequest,
+        preset=given["preset"] or "refine",
+        config=given["config"],
+        sets=given["sets"] or (),
+        flags=asked,
+    )
+
+
+def _locate(request: RefineRequest, console: Console) -> ModelFiles:
+    """The files of the model; by default a refiner, but a base is as welcome."""
+    from sdxl_cli.checkpoint.locate import locate
+
+    files = locate(request.model, "refiner" if request.model in (None, "bundled") else "model")
+    if request.vae is not None:
+        files = files.with_vae(locate(request.vae, "vae"))
+    console.note(f"model: {files.describe()}")
+    return files
+
+
+def _places(pictures: list[Path], output: str | None, overwrite: bool) -> list[Target]:
+    from sdxl_cli.generation.picture import target
+
+    return [
+        target(output, prefix=f"{picture.stem}-refined", count=len(pictures), overwrite=overwrite)
+        for picture in pictures
+    ]
+
+
+def _refine(
+    picture: Path,
+    request: RefineRequest,
+    weights: FileWeights,
+    place: Target,
+    console: Console,
+    *,
+    keep_record: bool,
+) -> dict[str, object]:
+    """Refine one picture and write the result."""
+    from sdxl_cli.generation.picture import Texts, read_pixels
+    from sdxl_cli.generation.pipeline import Models, record, refine
+    from sdxl_cli.generation.plan import plan_refinement, size_multiple
+    from sdxl_cli.generation.session import fit_to_model, source_record
+
+    pixels = fit_to_model(read_pixels(picture), size_multiple(weights.config), picture.name, console)
+    plan = plan_refinement(request, (pixels.shape[0], pixels.shape[1]))
+    console.note(f"{picture.name}: {plan.steps} of {request.steps} steps: {plan.split()}")
+    result = refine(plan, pixels, weights, console)
+    texts = Texts()
+    if keep_record:
+        source = source_record(picture)
+        texts = record(plan, Models(base=weights), result.seed, kind="refine", source=source).texts()
+    path = place.save(result.pixels, result.seed, texts)
+    console.print_result(str(path))
+    return {"path": path, "seed": result.seed, "steps": plan.steps, "request": plan.request}

@@ -1,0 +1,88 @@
+"""Where the networks run, and in which precision: decided here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from sdxl_cli.errors import UsageError, unknown
+from sdxl_cli.generation.request import Precision
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_KINDS = ("auto", "cpu", "cuda", "mps")
+_NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
+"""Flags of /proc/cpuinfo, x86 and ARM, for arithmetic in bfloat16."""
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` to a device that is there.
+
+    Raises:
+        UsageError: an unknown name, or a device this machine does not have.
+    """
+    match = re.fullmatch(r"([a-z]+)(?::(\d+))?", name.strip().lower())
+    if not match or match[1] not in _KINDS or (match[2] and match[1] != "cuda"):
+        raise unknown("device", name, [*_KINDS, "cuda:0"])
+    kind, index = match[1], int(match[2] or 0)
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"--device {name}: torch sees no Apple GPU; use --device cpu")
+    return torch.device("cuda", index) if kind == "cuda" else torch.device(kind)
+
+
+def pick_dtype(name: Precision, device: torch.device) -> torch.dtype:
+    """The precision of the U-Net and the text encoders.
+
+    ``auto`` is bf16 where the device computes in it, fp16 on older CUDA cards, and otherwise fp32: a CPU without
+    bf16 instructions is about fifty times slower with it.
+
+    Raises:
+        UsageError: fp16 on a CPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UsageError(
+            "--dtype fp16: CPUs do not compute in it, it would be slower than fp32 and overflow; use --dtype auto"
+        )
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def pick_vae_dtype(name: Precision, device: torch.device) -> torch.dtype:
+    """The precision of the autoencoder: fp32 unless asked, as the original runs it.
+
+    The released one overflows in fp16, which is therefore never chosen by itself.
+
+    Raises:
+        UsageError: fp16 on a CPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UsageError("--vae-dtype fp16: CPUs do not compute in it; use --vae-dtype fp32")
+    return DTYPES["fp32" if name == "auto" else name]
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor has bf16 instructions, as far as Linux says; False elsewhere."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return bool(flags and _NATIVE_BF16 & set(flags[1].split()))
+
+
+def describe(device: torch.device) -> str:
+    """What a picture remembers of the device: its kind, and a GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

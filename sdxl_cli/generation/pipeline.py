@@ -1,0 +1,272 @@
+"""Prompt to picture, and picture to better picture: the stages in order, with as little in memory as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from sdxl_cli.diffusion.guidance import Guided
+from sdxl_cli.diffusion.noise import NoiseStreams
+from sdxl_cli.generation.checks import require_finite
+from sdxl_cli.generation.device import NAMES, describe
+from sdxl_cli.generation.encode import Prompts, encode_prompts, guided
+from sdxl_cli.generation.metadata import Kind, Record
+from sdxl_cli.generation.picture import Pixels
+from sdxl_cli.generation.plan import Plan
+from sdxl_cli.generation.prompt import Tokenizer
+from sdxl_cli.generation.request import GenerateRequest
+from sdxl_cli.generation.weights import Weights
+
+T = TypeVar("T")
+
+
+class Reporter(Protocol):
+    """Who is told how things go; the console is one."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """Something to act on."""
+        ...
+
+    def progress(self, items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
+        """Hand on ``items``, showing how far it is."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Models:
+    """Who makes the picture."""
+
+    base: Weights
+    refiner: Weights | None = None
+
+    def release(self) -> None:
+        """Let go of all that need not stay."""
+        self.base.release()
+        if self.refiner is not None:
+            self.refiner.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A finished picture."""
+
+    pixels: Pixels
+    """RGB [H, W, 3], uint8."""
+    seed: int
+
+
+@torch.inference_mode()
+def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
+    """Make the pictures of a text-to-picture plan, one seed after the other.
+
+    Args:
+        plan: made by ``plan_generation`` for these models.
+        models: their parts are loaded when their turn comes: text encoders, U-Net, (refiner,) autoencoder.
+        report: hears of progress, and of words the model never saw.
+
+    Raises:
+        NumericError: a stage gave NaN or infinity; the text names the stage and the step.
+    """
+    request = plan.request
+    assert isinstance(request, GenerateRequest)
+    shares = ((models.base, plan.base_steps), (models.refiner, plan.steps - plan.base_steps))
+    experts = [(weights, steps) for weights, steps in shares if weights is not None and steps]
+    prompts = []
+    for weights, _ in experts:
+        prompts.append(encode_prompts(request, weights))
+        weights.release()
+    warn_of_unknown_words(request.prompt, models.base, report)
+    seeds = [request.seed + index for index in range(request.num_images)]
+    batch = _batch(request, models.base)
+    stay = all(weights.stays for weights, _ in experts)
+    for wave in _groups(seeds, batch if stay else len(seeds)):
+        runs = [Run(plan, group, models.base, NoiseStreams(group)) for group in _groups(wave, batch)]
+        for (weights, steps), texts in zip(experts, prompts, strict=True):
+            models.release()
+            for run in runs:
+                run.advance(weights, texts, steps, report)
+        models.release()
+        for run in runs:
+            for seed, latent in zip(run.seeds, run.latents, strict=True):
+                yield Picture(decode(latent[None], models.base), seed)
+    models.release()
+
+
+@torch.inference_mode()
+def refine(plan: Plan, pixels: Pixels, weights: Weights, report: Reporter) -> Picture:
+    """Add noise to a picture and run the last steps again (SDEdit, arXiv 2108.01073).
+
+    Args:
+        plan: made by ``plan_refinement`` for the size of ``pixels``.
+        pixels: RGB [H, W, 3], uint8, sides multiples of what the model needs.
+        weights: the refiner, or any other model.
+        report: hears of progress, and of words the model never saw.
+
+    Raises:
+        NumericError: a stage gave NaN or infinity; the text names the stage and the step.
+    """
+    prompts = encode_prompts(plan.request, weights)
+    warn_of_unknown_words(plan.request.prompt, weights, report)
+    weights.release()
+    streams = NoiseStreams([plan.request.seed])
+    run = Run(plan, [plan.request.seed], weights, streams, encode(pixels, weights, streams))
+    weights.release()
+    run.advance(weights, prompts, plan.steps, report)
+    weights.release()
+    picture = Picture(decode(run.latents, weights), plan.request.seed)
+    weights.release()
+    return picture
+
+
+class Run:
+    """A batch of pictures on its way down the noise levels.
+
+    It may change hands: the sampler stays suspended between two experts, with whatever it remembers of earlier
+    steps, so that the second continues where the first stopped and no noise is added.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        seeds: Sequence[int],
+        weights: Weights,
+        streams: NoiseStreams,
+        start: Tensor | None = None,
+    ) -> None:
+        """``start`` [B, 4, h, w] are latents to put noise on; without them the run starts from noise alone."""
+        self.seeds = seeds
+        self._plan = plan
+        self._expert: Guided | None = None
+        self._done = 0
+        vae, (height, width), sigma = weights.config.vae, plan.framing.size, plan.sigmas[0]
+        noise = streams.next((vae.z_channels, height // vae.downsampling, width // vae.downsampling))
+        # from noise alone x has the variance that a clean latent of variance 1 would have with it on top (sgm)
+        latents = noise * (1 + sigma.square()).sqrt() if start is None else start.cpu() + noise * sigma
+        self.latents = latents.to(weights.device)
+        self._walk = plan.sampler.steps(
+            self._denoise, self.latents, plan.sigmas, lambda x: streams.next(x.shape[1:]).to(x)
+        )
+
+    def advance(self, weights: Weights, prompts: Prompts, steps: int, report: Reporter) -> None:
+        """Let ``weights`` do the next ``steps`` steps.
+
+        Raises:
+            NumericError: the latents are not finite after one of them.
+        """
+        plan = self._plan
+        who = "refiner" if weights.config.is_refiner else "base"
+        self._expert = guided(weights, prompts, plan.framing, plan.request, plan.schedule, len(self.seeds))
+        timesteps, label = plan.timesteps, f"{who}, seed {_span(self.seeds)}"
+        for latents in report.progress(islice(self._walk, steps), label, total=steps):
+            stage = (
+                f"the U-Net of the {who}, step {self._done + 1} of {plan.steps} (t={timesteps[self._done]})"
+            )
+            require_finite(latents, stage, weights.dtype, "--dtype")
+            self.latents = latents
+            self._done += 1
+        self._expert = None
+
+    def _denoise(self, x: Tensor, sigma: float) -> Tensor:
+        assert self._expert is not None
+        return self._expert(x, sigma)
+
+
+def encode(pixels: Pixels, weights: Weights, streams: NoiseStreams) -> Tensor:
+    """A picture [H, W, 3] to a latent [1, 4, h, w], fp32: a sample of the posterior, as the original takes it.
+
+    Raises:
+        NumericError: the autoencoder gave NaN or infinity.
+    """
+    vae = weights.vae()
+    image = rearrange(torch.from_numpy(pixels.copy()), "h w c -> 1 c h w").to(weights.device)
+    moments = vae.encode((image.float() / 127.5 - 1).to(weights.vae_dtype))
+    noise = streams.next(moments.mean.shape[1:]).to(moments.mean)
+    latent = vae.to_latent(moments.sample(noise)).float()
+    require_finite(latent, "the autoencoder, encoding", weights.vae_dtype, "--vae-dtype")
+    return latent
+
+
+def decode(latent: Tensor, weights: Weights) -> Pixels:
+    """A latent [1, 4, h, w] to RGB pixels [8h, 8w, 3], uint8.
+
+    Raises:
+        NumericError: the autoencoder gave NaN or infinity.
+    """
+    vae = weights.vae()
+    image = vae.decode(vae.from_latent(latent.float()).to(weights.vae_dtype)).float()
+    require_finite(image, "the autoencoder, decoding", weights.vae_dtype, "--vae-dtype")
+    levels = ((image + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    pixels: Pixels = rearrange(levels, "1 c h w -> h w c").cpu().numpy()
+    return pixels
+
+
+def warn_of_unknown_words(prompt: str, weights: Weights, report: Reporter) -> None:
+    """Say which words of a prompt a small vocabulary does not have: they are all one word to such a model."""
+    if weights.known_token_ids is None:
+        return
+    if words := Tokenizer.default().unknown_words(prompt, weights.known_token_ids):
+        report.warn(f"this model never saw the word{'s' if len(words) > 1 else ''} {', '.join(words)}")
+
+
+def record(
+    plan: Plan, models: Models, seed: int, *, kind: Kind = "generate", source: Mapping[str, Any] | None = None
+) -> Record:
+    """What the picture of ``seed`` remembers of how it was made.
+
+    Args:
+        plan: what was run.
+        models: who ran it. Hashing a large file for the first time takes seconds.
+        seed: the picture's.
+        kind: ``generate`` or ``refine``.
+        source: for a refined picture, what it was made from.
+    """
+    request = replace(plan.request, seed=seed)
+    if isinstance(request, GenerateRequest):
+        request = replace(request, num_images=1, batch_size=_batch(request, models.base))
+    main, role = models.base, "refiner" if kind == "refine" else "base"
+    records = main.records(role)
+    if kind == "generate" and models.refiner is not None and plan.base_steps < plan.steps:
+        records |= models.refiner.records("refiner")
+    run = {
+        "device": describe(main.device),
+        "dtype": NAMES[main.dtype],
+        "vae_dtype": NAMES[main.vae_dtype],
+        "torch": str(torch.__version__),
+        "steps": plan.split(),
+    }
+    return Record(
+        kind=kind,
+        request=request,
+        framing=plan.framing,
+        models=records,
+        run=run,
+        sampler_label=plan.sampler.label,
+        source=source,
+    )
+
+
+def _batch(request: GenerateRequest, weights: Weights) -> int:
+    """How many pictures are denoised together: on a CPU one, on an accelerator as many as asked for.
+
+    Kernels choose their order of summation by the size of the batch. One by one, a picture made on the CPU has the
+    same bits whatever it is made along with, and a CPU gains nothing from larger batches.
+    """
+    return 1 if weights.device.type == "cpu" else request.batch_size
+
+
+def _groups(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (seeds[start : start + size] for start in range(0, len(seeds), size))
+
+
+def _span(seeds: Sequence[int]) -> str:
+    return str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]}…{seeds[-1]}"

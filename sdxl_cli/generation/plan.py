@@ -1,0 +1,140 @@
+"""What will be run for a request, before any network is loaded: sampler, noise levels, who does which step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from sdxl_cli.diffusion import schedule as schedules
+from sdxl_cli.diffusion.samplers import resolve as resolve_sampler
+from sdxl_cli.diffusion.samplers.base import Sampler
+from sdxl_cli.diffusion.schedule import NoiseSchedule
+from sdxl_cli.errors import UsageError
+from sdxl_cli.generation.request import (
+    Framing,
+    GenerateRequest,
+    RefineRequest,
+    SamplingRequest,
+    with_seed,
+)
+from sdxl_cli.generation.sizes import Size
+from sdxl_cli.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A request with everything settled."""
+
+    request: SamplingRequest
+    """With seed, and the names of sampler and scheduler as this program spells them."""
+    framing: Framing
+    sampler: Sampler
+    schedule: NoiseSchedule
+    sigmas: Tensor
+    """Noise levels walked through, descending [n + 1]; the last is 0."""
+    base_steps: int
+    """How many of the n steps the base does; the refiner does the others."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps are run; fewer than asked for when only the last part of a schedule is."""
+        return len(self.sigmas) - 1
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The index 0 … 999 that the network is told at each step."""
+        return [self.schedule.index_of(sigma) for sigma in self.sigmas[:-1].tolist()]
+
+    def split(self) -> str:
+        """Who does which steps: ``base: 24 steps t=999→233 | refiner: 6 steps t=199→33``."""
+        shares = {"base": self.timesteps[: self.base_steps], "refiner": self.timesteps[self.base_steps :]}
+        return " | ".join(f"{name}: {_walk(steps)}" for name, steps in shares.items() if steps)
+
+
+def plan_generation(
+    request: GenerateRequest,
+    config: ModelConfig,
+    refiner: ModelConfig | None = None,
+    *,
+    buckets: Sequence[Size] = (),
+) -> Plan:
+    """Settle a text-to-picture request for a model.
+
+    Args:
+        request: as the user asked.
+        config: the base model's sizes.
+        refiner: the refiner's sizes, when there is one.
+        buckets: (height, width) the model was trained on, for ratios; its square is always among them.
+
+    Raises:
+        UsageError: a size, a sampler or a scheduler that does not exist.
+    """
+    sampler, grid = resolve_sampler(request.sampler), schedules.resolve(request.scheduler)
+    models = [config] if refiner is None else [config, refiner]
+    native = (config.native_size, config.native_size)
+    framing = request.framing(native, buckets=[native, *buckets], multiple=size_multiple(*models))
+    schedule = NoiseSchedule()
+    sigmas = grid(schedule, request.steps)
+    base_steps = request.steps
+    if refiner is not None:
+        base_steps = steps_above(schedule, sigmas, request.refiner_switch_at)
+    named = replace(request, sampler=sampler.name, scheduler=grid.__name__)
+    return Plan(
+        request=named.fixed(framing.size),
+        framing=framing,
+        sampler=sampler,
+        schedule=schedule,
+        sigmas=sigmas,
+        base_steps=base_steps,
+    )
+
+
+def plan_refinement(request: RefineRequest, size: Size) -> Plan:
+    """Settle the refinement of a picture of ``size`` (height, width): only the last steps are run.
+
+    Raises:
+        UsageError: a sampler or scheduler that does not exist, or a strength that leaves no step.
+    """
+    sampler, grid = resolve_sampler(request.sampler), schedules.resolve(request.scheduler)
+    schedule = NoiseSchedule()
+    # sgm Img2ImgDiscretizationWrapper: the lowest int(strength · (n + 1)) noise levels, 0 included
+    kept = int(request.strength * (request.steps + 1))
+    if kept < 2:
+        raise UsageError(
+            f"--strength {request.strength:g} of {request.steps} steps leaves none to run; "
+            f"give at least --strength {_ceil_hundredths(2 / (request.steps + 1)):g}, or more steps"
+        )
+    sigmas = grid(schedule, request.steps)[-kept:]
+    return Plan(
+        request=with_seed(replace(request, sampler=sampler.name, scheduler=grid.__name__)),
+        framing=request.frame(size),
+        sampler=sampler,
+        schedule=schedule,
+        sigmas=sigmas,
+        base_steps=0,
+    )
+
+
+def steps_above(schedule: NoiseSchedule, sigmas: Tensor, switch_at: float) -> int:
+    """How many steps begin at or above the timestep where the refiner takes over.
+
+    The cut is by timestep, not by step (field.md section 1.4): 0.8 leaves it the 200 levels it was trained on,
+    on any grid.
+    """
+    cut = round(len(schedule.sigmas) * (1 - switch_at))
+    return sum(schedule.index_of(sigma) >= cut for sigma in sigmas[:-1].tolist())
+
+
+def size_multiple(*configs: ModelConfig) -> int:
+    """What both sides of a picture must be multiples of: one latent at the lowest level of every U-Net, in pixels."""
+    return max(config.vae.downsampling << (len(config.unet.channel_mult) - 1) for config in configs)
+
+
+def _walk(steps: Sequence[int]) -> str:
+    return f"{len(steps)} step{'' if len(steps) == 1 else 's'} t={steps[0]}→{steps[-1]}"
+
+
+def _ceil_hundredths(value: float) -> float:
+    return -(-value * 100 // 1) / 100

@@ -1,0 +1,198 @@
+"""What a user asks for: everything that is needed to make a picture, and to make it again.
+
+A request says things as people type them (sizes ``WxH``, names of samplers, paths of models); ``None`` is "what the
+model does by itself". :meth:`GenerateRequest.framing` turns the sizes into numbers once the model is known.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+from sdxl_cli.generation.prompt import Tokenizer
+from sdxl_cli.generation.sizes import (
+    Size,
+    format_size,
+    output_size,
+    parse_corner,
+    parse_size,
+    require_multiple,
+)
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+RANDOM_SEED = -1
+LARGEST_SEED = 2**32 - 1
+"""Seeds drawn for ``-1`` are below this, so that other front ends can be given them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """The sizes of a picture and of what the model is told about it. (height, width), (top, left), in pixels."""
+
+    size: Size
+    original_size: Size
+    crop_top_left: tuple[int, int]
+    target_size: Size
+    negative_original_size: Size
+    negative_crop_top_left: tuple[int, int]
+    negative_target_size: Size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingRequest:
+    """What ``generate`` and ``refine`` have in common. The defaults are those of the shipped presets."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    """What the picture should not be. None: the base gets zeros in its place, as the original does."""
+    prompt_2: str | None = None
+    """The prompt that the bigG text encoder reads. None: the same as CLIP-L's."""
+    model: str | None = None
+    """File, diffusers folder or name of the model. None: the released one, else the bundled one."""
+    vae: str | None = None
+    """File or folder of another autoencoder. None: the model's own."""
+    steps: int = 30
+    cfg_scale: float = 5.0
+    """Strength of classifier-free guidance; 1 turns it off."""
+    sampler: str = "dpmpp_2m"
+    scheduler: str = "karras"
+    seed: int = RANDOM_SEED
+    """Of the first picture; the others count up from it. -1 draws one."""
+    original_size: str | None = None
+    """WxH before resizing, as the model is told. None: the output size. The other sizes likewise."""
+    crop_top_left: str = "0,0"
+    target_size: str | None = None
+    aesthetic_score: float = 6.0
+    negative_original_size: str | None = None
+    """None: as for the prompt. The other negative ones likewise."""
+    negative_crop_top_left: str | None = None
+    negative_target_size: str | None = None
+    negative_aesthetic_score: float = 2.5
+    device: str = "auto"
+    dtype: Precision = "auto"
+    vae_dtype: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps {self.steps}: at least 1 is needed")
+        if not self.cfg_scale >= 0:
+            raise ValueError(f"cfg_scale {self.cfg_scale}: must be 0 or more (1 is no guidance)")
+        if not RANDOM_SEED <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: must be 0 or more, or -1 for a random one")
+
+    def frame(self, size: Size) -> Framing:
+        """The sizes the model is told, for a picture of ``size``.
+
+        Raises:
+            UsageError: a size or a crop is not one.
+        """
+        original = _size_or(self.original_size, "--original-size", size)
+        target = _size_or(self.target_size, "--target-size", size)
+        crop = parse_corner(self.crop_top_left, "--crop-top-left")
+        negative_crop = self.negative_crop_top_left
+        return Framing(
+            size=size,
+            original_size=original,
+            crop_top_left=crop,
+            target_size=target,
+            negative_original_size=_size_or(
+                self.negative_original_size, "--negative-original-size", original
+            ),
+            negative_crop_top_left=crop
+            if negative_crop is None
+            else parse_corner(negative_crop, "--negative-crop-top-left"),
+            negative_target_size=_size_or(self.negative_target_size, "--negative-target-size", target),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRequest(SamplingRequest):
+    """Text to picture."""
+
+    refiner: str | None = None
+    """File, folder or name of the refiner. None: the base does all steps."""
+    refiner_switch_at: float = 0.8
+    """Share of the noise levels that the base removes before the refiner takes over, 0 … 1."""
+    size: str | None = None
+    """``WxH``, or a ratio such as ``16:9``. None: the square the model was trained on."""
+    width: int | None = None
+    height: int | None = None
+    """Each wins over ``size``."""
+    num_images: int = 1
+    batch_size: int = 1
+    """Pictures denoised together on an accelerator; on the CPU always one by one."""
+
+    def __post_init__(self) -> None:
+        # slots=True makes a new class, which zero-argument super() does not know
+        SamplingRequest.__post_init__(self)
+        if not 0 < self.refiner_switch_at <= 1:
+            raise ValueError(f"refiner_switch_at {self.refiner_switch_at}: must be above 0, and at most 1")
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
+
+    def framing(self, native: Size, *, buckets: Sequence[Size], multiple: int) -> Framing:
+        """All sizes as numbers.
+
+        Args:
+            native: the size made when nothing is asked for.
+            buckets: the sizes the model was trained on, for ratios.
+            multiple: what both sides must be multiples of.
+
+        Raises:
+            UsageError: a size is not one, or not one this model can make.
+        """
+        size = output_size(self.size, "--size", buckets=buckets, multiple=multiple) if self.size else native
+        if self.width is not None or self.height is not None:
+            size = (self.height or size[0], self.width or size[1])
+            require_multiple(size, "--width/--height", multiple)
+        return self.frame(size)
+
+    def fixed(self, size: Size) -> GenerateRequest:
+        """The same request with what was left to chance or to the model written down: seed and size."""
+        return replace(with_seed(self), size=format_size(size), width=None, height=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefineRequest(SamplingRequest):
+    """A finished picture, some noise, and the last steps again (SDEdit with the refiner)."""
+
+    strength: float = 0.3
+    """Share of the noise levels that are gone through again, 0 … 1."""
+
+    def __post_init__(self) -> None:
+        SamplingRequest.__post_init__(self)
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength {self.strength}: must be above 0, and at most 1")
+
+
+Request = TypeVar("Request", bound=SamplingRequest)
+
+
+def with_seed(request: Request) -> Request:
+    """The request itself, or with a drawn seed where it asked for a random one."""
+    if request.seed != RANDOM_SEED:
+        return request
+    return replace(request, seed=random.SystemRandom().randint(0, LARGEST_SEED))
+
+
+def require_prompts_fit(request: SamplingRequest) -> None:
+    """Refuse prompts that the text encoders would read only in part.
+
+    Raises:
+        UsageError: one has more than 75 tokens; the text quotes what would be cut.
+    """
+    tokenizer = Tokenizer.default()
+    texts = {
+        "prompt": request.prompt,
+        "prompt 2": request.prompt_2,
+        "negative prompt": request.negative_prompt,
+    }
+    for name, text in texts.items():
+        tokenizer.require_fit(text or "", name)
+
+
+def _size_or(text: str | None, name: str, default: Size) -> Size:
+    return default if text is None else parse_size(text, name)

@@ -1,0 +1,89 @@
+"""From files to models that are ready to make pictures: device, precision, and what stays loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdxl_cli.checkpoint.files import ModelFiles
+from sdxl_cli.errors import UsageError
+from sdxl_cli.generation.device import describe, pick_device, pick_dtype, pick_vae_dtype
+from sdxl_cli.generation.metadata import Stored
+from sdxl_cli.generation.picture import Pixels, read_texts
+from sdxl_cli.generation.pipeline import Reporter
+from sdxl_cli.generation.request import SamplingRequest
+from sdxl_cli.generation.sizes import format_size
+from sdxl_cli.generation.weights import FileWeights, can_stay
+
+
+def open_weights(
+    models: Sequence[ModelFiles], request: SamplingRequest, report: Reporter
+) -> list[FileWeights]:
+    """Decide where and how the models run. Nothing is loaded yet.
+
+    Raises:
+        UsageError: a device this machine does not have, or a precision it does not compute in.
+    """
+    device = pick_device(request.device)
+    dtype, vae_dtype = pick_dtype(request.dtype, device), pick_vae_dtype(request.vae_dtype, device)
+    stays = can_stay(models, device, dtype)
+    for files in models:
+        if files.identity.zero_terminal_snr:
+            report.warn(
+                f"{files.name} was trained down to zero signal, which this version does not sample: "
+                "expect washed-out contrast"
+            )
+    report.note(f"runs on {describe(device)} in {str(dtype).removeprefix('torch.')}")
+    return [
+        FileWeights(files, device=device, dtype=dtype, vae_dtype=vae_dtype, stays=stays) for files in models
+    ]
+
+
+def warn_of_another_model(stored: Stored, files: ModelFiles, report: Reporter) -> None:
+    """Say when a picture that is made again was made with another model: it will not be the same."""
+    before = stored.models.get("base")
+    if before is not None and before.sha256 not in (None, files.sha256):
+        report.warn(
+            f"the picture was made with {before.name} [{before.short_hash}], this is {files.name} "
+            f"[{files.short_hash}]; it will look different"
+        )
+
+
+def fit_to_model(pixels: Pixels, multiple: int, name: str, report: Reporter) -> Pixels:
+    """Cut a picture [H, W, 3] evenly on both sides until its sides are multiples of ``multiple``.
+
+    Args:
+        pixels: the picture.
+        multiple: what the model needs.
+        name: the picture's, for what is said.
+        report: is told when something is cut off.
+
+    Raises:
+        UsageError: a side is shorter than ``multiple``.
+    """
+    height, width = pixels.shape[:2]
+    keep = (height - height % multiple, width - width % multiple)
+    if 0 in keep:
+        raise UsageError(f"{name}: is {width}x{height}; this model needs at least {multiple} pixels per side")
+    if keep != (height, width):
+        report.note(
+            f"{name}: cut from {width}x{height} to {format_size(keep)}; sides must be multiples of {multiple}"
+        )
+    top, left = (height - keep[0]) // 2, (width - keep[1]) // 2
+    return np.ascontiguousarray(pixels[top : top + keep[0], left : left + keep[1]])
+
+
+def source_record(path: Path) -> dict[str, Any]:
+    """What a refined picture remembers of the picture it was made from: name, hash, and what that one said."""
+    texts = read_texts(path)
+    source: dict[str, Any] = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    if texts.record:
+        source["sdxl"] = json.loads(texts.record)
+    elif texts.parameters:
+        source["parameters"] = texts.parameters
+    return source

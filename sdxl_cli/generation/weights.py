@@ -1,0 +1,154 @@
+"""The networks of a model, when they are needed: read part by part from its file, or at hand already."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from sdxl_cli.checkpoint.files import ModelFiles
+from sdxl_cli.checkpoint.read import load_model
+from sdxl_cli.diffusion.denoiser import Prediction
+from sdxl_cli.generation.metadata import ModelRecord
+from sdxl_cli.model.conditioning import Conditioner
+from sdxl_cli.model.config import ModelConfig
+from sdxl_cli.model.sdxl import SDXL, Part
+from sdxl_cli.model.unet import UNet
+from sdxl_cli.model.vae import Autoencoder
+
+_SMALL = 2 << 30
+"""Bytes of weights that stay in a computer's memory from picture to picture."""
+
+
+class Weights(Protocol):
+    """A model whose parts can be asked for; asking for one may let go of the others."""
+
+    config: ModelConfig
+    prediction: Prediction
+    device: torch.device
+    dtype: torch.dtype
+    """Of the U-Net and the text encoders."""
+    vae_dtype: torch.dtype
+    known_token_ids: frozenset[int] | None
+    """What the text encoders know, once they were asked for; None: every token."""
+    stays: bool
+    """Whether parts remain loaded, so that going back to one costs nothing."""
+
+    def text(self) -> Conditioner:
+        """The text encoders."""
+        ...
+
+    def unet(self) -> UNet:
+        """The denoising network."""
+        ...
+
+    def vae(self) -> Autoencoder:
+        """The autoencoder."""
+        ...
+
+    def release(self) -> None:
+        """Let go of whatever need not stay."""
+        ...
+
+    def records(self, role: str) -> dict[str, ModelRecord]:
+        """What a picture remembers of this model: its name and hash under ``role``, and of a foreign VAE."""
+        ...
+
+
+class FileWeights:
+    """Reads one part at a time, so that the largest alone decides how much memory is needed."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype,
+        stays: bool = False,
+    ) -> None:
+        self.files, self.config, self.prediction = files, files.config, files.prediction
+        self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
+        self.stays = stays
+        self.known_token_ids: frozenset[int] | None = None
+        self._loaded: dict[Part, SDXL] = {}
+
+    def text(self) -> Conditioner:
+        """The text encoders; sets ``known_token_ids``."""
+        model = self._part("text")
+        self.known_token_ids = model.known_token_ids
+        return model.conditioner
+
+    def unet(self) -> UNet:
+        """The denoising network."""
+        return self._part("unet").unet
+
+    def vae(self) -> Autoencoder:
+        """The autoencoder."""
+        return self._part("vae").vae
+
+    def release(self) -> None:
+        """Free everything, unless this model stays."""
+        if self.stays or not self._loaded:
+            return
+        self._loaded.clear()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def records(self, role: str) -> dict[str, ModelRecord]:
+        """See :class:`Weights`. The first time, hashing a large file takes seconds."""
+        found = {role: ModelRecord(self.files.name, self.files.sha256)}
+        if self.files.vae is not None:
+            found["vae"] = ModelRecord(self.files.vae.name, self.files.vae.sha256)
+        return found
+
+    def _part(self, part: Part) -> SDXL:
+        if part not in self._loaded:
+            self.release()
+            self._loaded[part] = load_model(
+                self.files, (part,), dtype=self.dtype, vae_dtype=self.vae_dtype, device=self.device
+            )
+        return self._loaded[part]
+
+
+class LoadedWeights:
+    """A model in memory, such as one in training."""
+
+    stays = True
+
+    def __init__(self, model: SDXL, name: str, *, prediction: Prediction = "eps") -> None:
+        self.model, self.name, self.config, self.prediction = model, name, model.config, prediction
+        unet, vae = next(model.unet.parameters()), next(model.vae.parameters())
+        self.device, self.dtype, self.vae_dtype = unet.device, unet.dtype, vae.dtype
+        self.known_token_ids = model.known_token_ids
+
+    def text(self) -> Conditioner:
+        """The text encoders."""
+        return self.model.conditioner
+
+    def unet(self) -> UNet:
+        """The denoising network."""
+        return self.model.unet
+
+    def vae(self) -> Autoencoder:
+        """The autoencoder."""
+        return self.model.vae
+
+    def release(self) -> None:
+        """Nothing: the model belongs to somebody else."""
+
+    def records(self, role: str) -> dict[str, ModelRecord]:
+        """See :class:`Weights`; a model that is not a file has no hash."""
+        return {role: ModelRecord(self.name, None)}
+
+
+def can_stay(models: Sequence[ModelFiles], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether all parts of all models may stay loaded: they take little room on this device."""
+    needed = sum(files.identity.parameters for files in models) * dtype.itemsize
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return needed <= free // 2
+    return needed <= _SMALL
