@@ -83,7 +83,7 @@ def test_a_name_taken_in_between_is_not_overwritten(
 def test_a_file_name_is_kept_and_not_replaced_unless_asked(tmp_path: Path, pixels: Pixels) -> None:
     file = tmp_path / "new folder" / "cat.png"
     assert target(str(file), prefix="sdxl").save(pixels, 5, Texts()) == file
-    with pytest.raises(UsageError, match="there already.*--overwrite"):
+    with pytest.raises(UsageError, match=r"there already.*--overwrite"):
         target(str(file), prefix="sdxl")
     assert target(str(file), prefix="sdxl", overwrite=True).save(255 - pixels, 5, Texts()) == file
     assert np.array_equal(read_pixels(file), 255 - pixels)
