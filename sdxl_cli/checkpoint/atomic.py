@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdxl_cli.errors import FileError, SdxlError
@@ -37,7 +37,7 @@ def atomic_write(path: Path | str, *, overwrite: bool = True) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not overwrite and path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            raise _taken(path)
         yield temporary
         _sync(temporary)
         if overwrite:
@@ -45,8 +45,6 @@ def atomic_write(path: Path | str, *, overwrite: bool = True) -> Iterator[Path]:
         else:
             _claim(temporary, path)
         _sync(path.parent)
-    except FileExistsError as error:
-        raise FileError(f"{path} exists already; choose another name or remove it") from error
     except OSError as error:
         if error.errno in _FULL:
             raise SdxlError(
@@ -56,19 +54,26 @@ def atomic_write(path: Path | str, *, overwrite: bool = True) -> Iterator[Path]:
             raise FileError(f"{path} cannot be written: {error.strerror}") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _claim(temporary: Path, path: Path) -> None:
     """Move without ever replacing; a hard link fails when the name is taken, a rename would not."""
     try:
         path.hardlink_to(temporary)
-    except FileExistsError:
-        raise
+    except FileExistsError as error:
+        raise _taken(path) from error
     except OSError:  # a file system without hard links
-        with path.open("xb"):
-            pass
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError as error:
+            raise _taken(path) from error
         temporary.replace(path)
+
+
+def _taken(path: Path) -> FileError:
+    return FileError(f"{path} exists already; choose another name or remove it")
 
 
 def _sync(path: Path) -> None:

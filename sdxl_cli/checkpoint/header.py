@@ -134,13 +134,14 @@ def format_bytes(count: int, unit_of: int | None = None) -> str:
 def _refuse_other_formats(path: Path, head: bytes, size: int) -> None:
     if size == 0:
         raise FileError(f"{path} is empty (0 bytes); download it again")
+    length = int.from_bytes(head[:_LEAD], "little")
+    # some writers put spaces before the brace, none puts anything else; the length may look like any signature
+    if size >= _LEAD + 2 and length <= MAX_HEADER and head[_LEAD:].lstrip().startswith(b"{"):
+        return
     for signature, what in _SIGNATURES:
         if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(signature):
             raise FileError(f"{path} is {what}")
-    length = int.from_bytes(head[:_LEAD], "little")
-    # some writers put spaces before the brace, none puts anything else
-    if size < _LEAD + 2 or length > MAX_HEADER or not head[_LEAD:].lstrip().startswith(b"{"):
-        raise FileError(f"{path} is no safetensors file; if its name says so, download it again")
+    raise FileError(f"{path} is no safetensors file; if its name says so, download it again")
 
 
 def _entries(table: Mapping[str, Any], data: int) -> Iterator[tuple[str, Entry]]:

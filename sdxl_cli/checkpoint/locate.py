@@ -228,7 +228,8 @@ def _looks_like_path(spec: str) -> bool:
     """Whether people who type this mean a file, though a hub id may look the same."""
     suffixes = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
     first = spec.startswith((".", "/", "~", "\\"))
-    return first or (spec.endswith(suffixes) and spec.count("/") < 2) or Path(spec).parent.is_dir()
+    inside = "/" in spec and Path(spec).parent.is_dir()
+    return first or inside or (spec.endswith(suffixes) and spec.count("/") < 2)
 
 
 def _nearby(path: Path) -> str:

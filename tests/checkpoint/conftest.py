@@ -27,7 +27,9 @@ SMALL = ModelConfig(
         norm_groups=4,
     ),
     vae=VAEConfig(channels=16, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=4, scale_factor=0.5),
-    clip_l=TextTowerConfig(width=32, layers=3, heads=2, activation="quick_gelu", embed_dim=32, vocab_size=120),
+    clip_l=TextTowerConfig(
+        width=32, layers=3, heads=2, activation="quick_gelu", embed_dim=32, vocab_size=120
+    ),
     big_g=TextTowerConfig(width=48, layers=3, heads=3, activation="gelu", embed_dim=48, vocab_size=120),
     scalars=("original_size", "crop_top_left", "target_size"),
     scalar_dim=32,
