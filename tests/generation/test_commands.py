@@ -203,20 +203,28 @@ def test_refine_cuts_to_what_the_model_can_and_says_so(sdxl: Sdxl, models: dict[
     )
 
 
-def bad_inputs(models: dict[str, Path]) -> dict[str, tuple[Sequence[object], int, str]]:
-    base, refiner = models["base"], models["refiner"]
+Cases = dict[str, tuple[Sequence[object], int, str]]
+
+
+def bad_files(base: Path, refiner: Path) -> Cases:
     whole = base.read_bytes()
     Path("half.safetensors").write_bytes(whole[: len(whole) // 2])
     Path("page.safetensors").write_text("<html>404</html>")
     save_file({"a": torch.zeros(2)}, "other.safetensors")
     Path("text.png").write_text("no picture")
     Path("mine.toml").write_text("stepps = 3\n")
-    long = "a red guitar " * 26 + "with a purple zeppelin"
     return {
-        "no prompt": (["generate"], 2, 'For example: sdxl generate "a red guitar"'),
         "missing model": (["generate", "x", "-m", "gone.safetensors"], 3, "gone.safetensors: no such file"),
-        "truncated": (["generate", "x", "-m", "half.safetensors"], 3, r"half.safetensors.* of .*MB"),
-        "not a checkpoint": (["generate", "x", "-m", "page.safetensors"], 3, "page.safetensors"),
+        "truncated": (
+            ["generate", "x", "-m", "half.safetensors"],
+            3,
+            r"half.safetensors: [\d.]+ of [\d.]+ MB are here",
+        ),
+        "not a checkpoint": (
+            ["generate", "x", "-m", "page.safetensors"],
+            3,
+            "page.safetensors is a web page",
+        ),
         "not SDXL": (
             ["generate", "x", "-m", "other.safetensors"],
             3,
@@ -228,6 +236,30 @@ def bad_inputs(models: dict[str, Path]) -> dict[str, tuple[Sequence[object], int
             3,
             "base.*give it with --model",
         ),
+        "config key": (
+            ["generate", "x", "-m", base, "--config", "mine.toml"],
+            2,
+            "mine.toml.*did you mean steps",
+        ),
+        "no config": (["generate", "x", "--config", "gone.toml"], 3, "gone.toml: cannot be read"),
+        "unreadable picture": (["refine", "text.png", "--prompt", "x", "-m", refiner], 3, "is not a picture"),
+        "missing picture": (
+            ["refine", "gone.png", "--prompt", "x", "-m", refiner],
+            3,
+            "gone.png: no such file",
+        ),
+        "from no picture": (["generate", "--from", "text.png"], 3, "text.png: is not a picture"),
+        "format": (["generate", "x", "-m", base, "-o", "a.gif"], 2, "unknown picture format '.gif'"),
+        "existing file": (["generate", "x", "-m", base, "-o", "text.png"], 2, "text.png: there already"),
+    }
+
+
+def bad_flags(base: Path, refiner: Path) -> Cases:
+    long = "a red guitar " * 26 + "with a purple zeppelin"
+    Image.new("RGB", (64, 64)).save("photo.png")
+    photo = ["refine", "photo.png", "--prompt", "x", "-m", refiner]
+    return {
+        "no prompt": (["generate"], 2, 'For example: sdxl generate "a red guitar"'),
         "bad size": (
             ["generate", "x", "-m", base, "--size", "large"],
             2,
@@ -237,11 +269,6 @@ def bad_inputs(models: dict[str, Path]) -> dict[str, tuple[Sequence[object], int
         "sampler": (["generate", "x", "-m", base, "--sampler", "eulr"], 2, "did you mean.*euler"),
         "scheduler": (["generate", "x", "-m", base, "--scheduler", "kerras"], 2, "did you mean.*karras"),
         "set key": (["generate", "x", "-m", base, "--set", "stepps=3"], 2, "'stepps'; did you mean steps"),
-        "config key": (
-            ["generate", "x", "-m", base, "--config", "mine.toml"],
-            2,
-            "mine.toml.*did you mean steps",
-        ),
         "preset": (["generate", "x", "--preset", "genrate"], 2, "'genrate'; did you mean generate"),
         "flag": (["generate", "x", "--stepz", "3"], 2, "--stepz"),
         "dtype": (["generate", "x", "-m", base, "--dtype", "fp8"], 2, "dtype: unknown value 'fp8'"),
@@ -255,22 +282,16 @@ def bad_inputs(models: dict[str, Path]) -> dict[str, tuple[Sequence[object], int
         "steps": (["generate", "x", "-m", base, "--steps", "0"], 2, "at least 1 is needed"),
         "long prompt": (["generate", long, "-m", base], 2, "82 tokens.* 75; .*cut: .*a purple zeppelin'"),
         "long negative": (["generate", "x", "-n", long, "-m", base], 2, "negative prompt: 82 tokens"),
-        "unreadable picture": (["refine", "text.png", "--prompt", "x", "-m", refiner], 3, "is not a picture"),
-        "missing picture": (
-            ["refine", "gone.png", "--prompt", "x", "-m", refiner],
-            3,
-            "gone.png: no such file",
-        ),
-        "from no picture": (["generate", "--from", "text.png"], 3, "text.png: is not a picture"),
-        "strength": (["refine", "text.png", "--strength", "2"], 3, "is not a picture"),
-        "format": (["generate", "x", "-m", base, "-o", "a.gif"], 2, "unknown picture format '.gif'"),
-        "existing file": (["generate", "x", "-m", base, "-o", "text.png"], 2, "text.png: there already"),
+        "strength": ([*photo, "--strength", "2"], 2, "strength 2.0: must be above 0, and at most 1"),
+        "no step": ([*photo, "--strength", "0.01"], 2, "0.01 of 30 steps leaves none to run"),
+        "no prompt for a photo": (["refine", "photo.png", "-m", refiner], 2, "photo.png: .*give --prompt"),
     }
 
 
 def test_bad_input_is_one_line_and_its_exit_code(sdxl: Sdxl, models: dict[str, Path]) -> None:
     wrong = {}
-    for name, (args, code, words) in bad_inputs(models).items():
+    base, refiner = models["base"], models["refiner"]
+    for name, (args, code, words) in (bad_files(base, refiner) | bad_flags(base, refiner)).items():
         result = sdxl(*args, "--quiet")
         lines = result.err.splitlines()
         told = len(lines) == 1 and lines[0].startswith("sdxl: ") and re.search(words, lines[0])
