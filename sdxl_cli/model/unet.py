@@ -204,6 +204,19 @@ class UNet(nn.Module):
         return self.out[2](_norm_silu(self.out[0], x))
 
 
+@torch.no_grad()
+def initialize(unet: UNet) -> None:
+    """Starting values for training from nothing: every residual branch, and the output, begins at zero.
+
+    As the original does (sgm zero_module).
+    """
+    for module in unet.modules():
+        last = {ResBlock: "out_layers.3", SpatialTransformer: "proj_out", UNet: "out.2"}.get(type(module))
+        if last:
+            for parameter in module.get_submodule(last).parameters():
+                nn.init.zeros_(parameter)
+
+
 def _run(block: nn.Module, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
     for layer in block.children():
         match layer:

@@ -1,0 +1,86 @@
+"""Growing an autoencoder by a level: a trained f4 becomes the start of an f8.
+
+An f8 autoencoder that starts from nothing learns colours late; one that starts as a trained f4 with an
+average-pooling level inside already reconstructs a blurred picture, and has only details left to learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sdxl_cli.errors import UsageError
+from sdxl_cli.model.config import VAEConfig
+from sdxl_cli.model.vae import Autoencoder, Level
+
+
+RESIDUAL_GAIN = 0.1
+
+
+@torch.no_grad()
+def initialize(vae: Autoencoder) -> None:
+    """Starting values for training from nothing.
+
+    Convolutions keep the variance of what they read and residual branches start small, so that colour
+    passes through from the first step; latents start with little noise.
+    """
+    for name, parameter in vae.named_parameters():
+        if parameter.ndim == 4:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            if "conv2" in name or "proj_out" in name:
+                parameter *= RESIDUAL_GAIN
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    z = vae.config.z_channels
+    assert vae.quant_conv.bias is not None
+    nn.init.constant_(vae.quant_conv.bias[z:], -6.0)
+    vae.quant_conv.weight[z:] *= RESIDUAL_GAIN
+
+
+@torch.no_grad()
+def grow(vae: Autoencoder, weights: Mapping[str, Tensor], config: VAEConfig) -> None:
+    """Start ``vae`` as a smaller autoencoder with identity levels inside.
+
+    Args:
+        vae: with the same levels as ``config`` and more, of the width of the deepest; changed in place.
+        weights: of the smaller autoencoder.
+        config: of the smaller autoencoder.
+
+    Raises:
+        UsageError: the two do not fit.
+    """
+    small, large = config.channel_mult, vae.config.channel_mult
+    if large[: len(small)] != small or any(mult != small[-1] for mult in large[len(small) :]):
+        raise UsageError(
+            f"--init has levels {small}, the model {large}: "
+            "a model grows only by levels of the same width below the ones it has"
+        )
+    vae.load_state_dict(weights, strict=False)
+    for level in range(len(small), len(large)):
+        for stage in (vae.encoder.down[level], vae.decoder.up[level]):
+            _make_identity(stage)
+        _pool(vae.encoder.down[level - 1].downsample.conv)
+        _pass(vae.decoder.up[level].upsample.conv)
+
+
+def _make_identity(stage: Level) -> None:
+    for block in stage.block:
+        nn.init.zeros_(block.conv2.weight)
+        nn.init.zeros_(block.conv2.bias)
+
+
+def _pool(conv: nn.Conv2d) -> None:
+    """Average each 2x2 block of every channel; the other taps start at 0 (padding is right and below)."""
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    for channel in range(conv.in_channels):
+        conv.weight[channel, channel, :2, :2] = 0.25
+
+
+def _pass(conv: nn.Conv2d) -> None:
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    for channel in range(conv.in_channels):
+        conv.weight[channel, channel, 1, 1] = 1.0
