@@ -19,6 +19,7 @@ MANIFESTS = Path(__file__).parent / "manifests"
 SMALL = ModelConfig(
     unet=UNetConfig(
         model_channels=16,
+        num_res_blocks=1,
         transformer_depth=(0, 1, 2),
         transformer_depth_middle=2,
         num_head_channels=8,

@@ -68,6 +68,12 @@ def test_casts_floats_and_nothing_else(file: Path) -> None:
         assert equal(ours.read(name, torch.bfloat16), wanted)
 
 
+def test_a_cast_of_more_than_one_chunk(tmp_path: Path) -> None:
+    tensor = torch.randn(3, 500_000, generator=torch.Generator().manual_seed(0))
+    save_tensors(tmp_path / "x.safetensors", {"x": tensor})
+    assert equal(TensorFile(tmp_path / "x.safetensors").read("x", torch.float16), tensor.half())
+
+
 def test_writing_into_a_tensor_never_reaches_the_file(file: Path) -> None:
     before = file.read_bytes()
     tensor = TensorFile(file).read("a")
