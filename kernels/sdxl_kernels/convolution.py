@@ -6,18 +6,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     """Nearest-neighbour doubling, then a 3x3 convolution with padding 1.
 
     Args:
         x: [B, C, H, W].
         weight: [D, C, 3, 3].
         bias: [D].
+        size: (height, width) to make instead, for what was an odd number before it was halved.
 
     Returns:
-        [B, D, 2·H, 2·W].
+        [B, D, 2·H, 2·W], or [B, D, *size].
     """
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    size = size or (2 * x.shape[2], 2 * x.shape[3])
+    return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
 
 
 def downsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

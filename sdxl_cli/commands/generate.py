@@ -185,7 +185,10 @@ def _prepare(
     from sdxl_cli.generation.plan import plan_generation
     from sdxl_cli.generation.session import open_weights, warn_of_another_model
 
-    plan = plan_generation(request, *(model.config for model in files))
+    configs = [model.config for model in files]
+    plan = plan_generation(
+        request, *configs, buckets=_buckets(configs[0].native_size) if request.size else ()
+    )
     if stored is not None:
         warn_of_another_model(stored, files[0], console)
     weights = open_weights(files, request, console)
@@ -193,6 +196,18 @@ def _prepare(
     height, width = plan.framing.size
     console.note(f"{width}x{height}, {plan.split()}, {plan.sampler.label}, cfg {request.cfg_scale:g}")
     return plan, models
+
+
+def _buckets(native: int) -> list[tuple[int, int]]:
+    """The (height, width) of all shipped buckets of about ``native`` squared pixels, for ``--size 16:9``."""
+    from sdxl_cli.data.buckets import Grid
+    from sdxl_cli.data.manifest import DatasetConfig
+
+    tables = [presets.load(name, DatasetConfig).buckets.table().sizes for name in presets.names("buckets")]
+    near = [size for table in tables for size in table if 0.8 < size[0] * size[1] / native**2 < 1.25]
+    if any(height != width for height, width in near):
+        return near
+    return list(Grid(area=native**2, step=64, min_side=native // 2, max_side=native * 2).sizes())
 
 
 def _make(plan: Plan, models: Models, place: Target, console: Console, *, keep_record: bool) -> None:

@@ -19,7 +19,7 @@ from sdxl_cli.generation.request import (
     SamplingRequest,
     with_seed,
 )
-from sdxl_cli.generation.sizes import Size
+from sdxl_cli.generation.sizes import Size, nearest_multiple
 from sdxl_cli.model.config import ModelConfig
 
 
@@ -73,8 +73,9 @@ def plan_generation(
     """
     sampler, grid = resolve_sampler(request.sampler), schedules.resolve(request.scheduler)
     models = [config] if refiner is None else [config, refiner]
-    native = (config.native_size, config.native_size)
-    framing = request.framing(native, buckets=[native, *buckets], multiple=size_multiple(*models))
+    multiple = size_multiple(*models)
+    native = nearest_multiple((config.native_size, config.native_size), multiple)
+    framing = request.framing(native, buckets=[native, *buckets], multiple=multiple)
     schedule = NoiseSchedule()
     sigmas = grid(schedule, request.steps)
     base_steps = request.steps
@@ -128,8 +129,8 @@ def steps_above(schedule: NoiseSchedule, sigmas: Tensor, switch_at: float) -> in
 
 
 def size_multiple(*configs: ModelConfig) -> int:
-    """What both sides of a picture must be multiples of: one latent at the lowest level of every U-Net, in pixels."""
-    return max(config.vae.downsampling << (len(config.unet.channel_mult) - 1) for config in configs)
+    """What both sides of a picture must be multiples of: one latent, in pixels."""
+    return max(config.vae.downsampling for config in configs)
 
 
 def _walk(steps: Sequence[int]) -> str:

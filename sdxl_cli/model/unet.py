@@ -150,9 +150,9 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, 2H, 2W]."""
-        return upsample_conv(x, self.conv.weight, self.conv.bias)
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """[B, C, H, W] -> [B, C, *size], where each of ``size`` is twice H or W, or one less."""
+        return upsample_conv(x, self.conv.weight, self.conv.bias, size)
 
 
 class UNet(nn.Module):
@@ -182,8 +182,8 @@ class UNet(nn.Module):
         """One evaluation of the network.
 
         Args:
-            x: noisy latents, scaled to unit variance [B, in, h, w]; h and w are multiples of
-                2^(levels - 1), 4 for SDXL.
+            x: noisy latents, scaled to unit variance [B, in, h, w]; any size, as in diffusers (the
+                original takes multiples of 2^(levels - 1) only).
             timesteps: integer noise levels 0 … 999 [B].
             context: text features [B, T, context_dim].
             y: pooled text and micro-conditions [B, adm_in_channels].
@@ -200,7 +200,9 @@ class UNet(nn.Module):
             skips.append(x)
         x = _run(self.middle_block, x, emb, context)
         for block in self.output_blocks:
-            x = _run(block, torch.cat([x, skips.pop()], dim=1), emb, context)
+            joined = torch.cat([x, skips.pop()], dim=1)
+            height, width = (skips[-1] if skips else x).shape[2:]
+            x = _run(block, joined, emb, context, (height, width))
         return self.out[2](_norm_silu(self.out[0], x))
 
 
@@ -217,13 +219,18 @@ def initialize(unet: UNet) -> None:
                 nn.init.zeros_(parameter)
 
 
-def _run(block: nn.Module, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+def _run(
+    block: nn.Module, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None
+) -> Tensor:
+    """``size`` is what the next skip connection has, which an upsampling layer has to meet."""
     for layer in block.children():
         match layer:
             case ResBlock():
                 x = layer(x, emb)
             case SpatialTransformer():
                 x = layer(x, context)
+            case Upsample():
+                x = layer(x, size)
             case _:
                 x = layer(x)
     return x

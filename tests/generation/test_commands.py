@@ -15,8 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdxl_cli import cli
+from sdxl_cli.commands.generate import _buckets as buckets_of
 from sdxl_cli.generation.metadata import read_record
 from sdxl_cli.generation.picture import read_pixels, read_texts
+from sdxl_cli.generation.sizes import output_size
 
 
 class Result(NamedTuple):
@@ -265,7 +267,11 @@ def bad_flags(base: Path, refiner: Path) -> Cases:
             2,
             "--size large: expected WIDTHxHEIGHT",
         ),
-        "odd size": (["generate", "x", "-m", base, "--size", "100x64"], 2, "the nearest is 96x64"),
+        "odd size": (
+            ["generate", "x", "-m", base, "--size", "100x64"],
+            2,
+            "multiples of 8 .* nearest is 104x64",
+        ),
         "sampler": (["generate", "x", "-m", base, "--sampler", "eulr"], 2, "did you mean.*euler"),
         "scheduler": (["generate", "x", "-m", base, "--scheduler", "kerras"], 2, "did you mean.*karras"),
         "set key": (["generate", "x", "-m", base, "--set", "stepps=3"], 2, "'stepps'; did you mean steps"),
@@ -313,3 +319,29 @@ def test_words_the_model_never_saw_are_a_warning(sdxl: Sdxl, models: dict[str, P
     result = sdxl("generate", "a red zeppelin", "-m", models["pruned"], "--steps", 1, "--quiet")
     assert result.code == 0
     assert result.err == "warning: this model never saw the word zeppelin\n"
+
+
+def test_sides_need_not_halve_evenly(generate: Sdxl, models: dict[str, Path]) -> None:
+    """1920x1080 and its like: 135 latents are no multiple of 4."""
+    path = generate(
+        "a red guitar", "--size", "72x88", "--refiner", models["refiner"], "--scheduler", "sgm"
+    ).paths[0]
+    assert Image.open(path).size == (72, 88)
+
+
+@pytest.mark.parametrize(
+    ("native", "ratio", "size"),
+    [
+        (1024, "16:9", (768, 1344)),
+        (1024, "4:1", (512, 2048)),
+        (1024, "3:4", (1152, 896)),
+        (512, "16:9", (384, 640)),
+        (256, "4:3", (224, 288)),
+        (256, "1:1", (256, 256)),
+    ],
+)
+def test_a_ratio_is_a_trained_size_of_the_models_own_area(
+    native: int, ratio: str, size: tuple[int, int]
+) -> None:
+    """For SDXL the paper's Appendix I, for the bundled model its own table, for other areas the rule."""
+    assert output_size(ratio, "--size", buckets=buckets_of(native), multiple=32) == size

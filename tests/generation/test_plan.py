@@ -65,9 +65,8 @@ def test_the_strength_suggested_is_enough() -> None:
     assert plan_refinement(RefineRequest(prompt="", strength=suggested, seed=1), (64, 64)).steps == 1
 
 
-def test_sizes_must_fit_the_lowest_level_of_every_unet() -> None:
-    assert size_multiple(TINY) == size_multiple(BASE) == 32
-    assert size_multiple(BASE, REFINER) == 64
+def test_sizes_are_whole_latents() -> None:
+    assert size_multiple(TINY) == size_multiple(BASE) == size_multiple(BASE, REFINER) == 8
 
 
 def test_what_is_left_open_is_written_down() -> None:

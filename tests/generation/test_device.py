@@ -1,0 +1,73 @@
+"""Which device and which precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdxl_cli.errors import UsageError
+from sdxl_cli.generation import device as devices
+from sdxl_cli.generation.device import cpu_has_bf16, pick_device, pick_dtype, pick_vae_dtype
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "native"),
+    [
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile", True),
+        ("Features\t: fp asimd bf16", True),
+        ("model name\t: bf16", False),
+    ],
+)
+def test_bf16_on_a_cpu_needs_its_instructions(tmp_path: Path, line: str, native: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert cpu_has_bf16(tmp_path / "cpuinfo") is native
+    assert cpu_has_bf16(tmp_path / "not there") is False
+
+
+def test_auto_is_what_the_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(devices, "cpu_has_bf16", lambda native=native: native)
+        assert pick_dtype("auto", CPU) == dtype
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **_: supported)
+        assert pick_dtype("auto", CUDA) == dtype
+    assert pick_dtype("fp16", CUDA) == torch.float16
+
+
+def test_the_autoencoder_never_runs_in_fp16_unless_asked() -> None:
+    for device in (CPU, CUDA):
+        assert pick_vae_dtype("auto", device) == torch.float32
+    assert pick_vae_dtype("fp16", CUDA) == torch.float16
+    with pytest.raises(UsageError, match="--vae-dtype fp32"):
+        pick_vae_dtype("fp16", CPU)
+
+
+def test_fp16_on_a_cpu_is_refused_with_the_reason() -> None:
+    with pytest.raises(UsageError, match=r"slower than fp32 and overflow; use --dtype auto"):
+        pick_dtype("fp16", CPU)
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("CPU") == CPU
+    for name in ("cuda", "cuda:3", "mps"):
+        with pytest.raises(UsageError, match="use --device cpu"):
+            pick_device(name)
+    for name in ("gpu", "cpu:1", "", "cuda:x"):
+        with pytest.raises(UsageError, match="unknown device"):
+            pick_device(name)
+
+
+def test_a_card_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match="torch sees 2 CUDA devices"):
+        pick_device("cuda:2")
