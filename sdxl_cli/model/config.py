@@ -167,7 +167,7 @@ REFINER = ModelConfig(
 )
 """sd_xl_refiner_1.0 (sgm configs/inference/sd_xl_refiner.yaml)."""
 
-_TINY_VAE = VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=4)
+_TINY_VAE = VAEConfig(channels=16, channel_mult=(1, 2, 4, 4), num_res_blocks=1, norm_groups=1)
 _TINY_BIG_G = TextTowerConfig(width=96, layers=3, heads=6, activation="gelu", embed_dim=96)
 
 TINY = ModelConfig(

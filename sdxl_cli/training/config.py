@@ -66,6 +66,10 @@ class VAETrainConfig:
 
     model: str = "tiny"
     """Which configuration's autoencoder is built when training starts from nothing."""
+    levels: int = 0
+    """Build only the first levels of that configuration, to grow the rest later; 0 builds all."""
+    normalize_latents: bool = True
+    """At the end, give every latent channel mean 0 and, times the scale factor, deviation 1."""
     crop_sizes: tuple[int, ...] = (256,)
     """Each step trains on random crops of one of these sides, in pixels, drawn in proportion to
     ``crop_weights``."""

@@ -16,7 +16,7 @@ from sdxl_cli.model.config import VAEConfig
 from sdxl_cli.model.vae import Autoencoder, Level
 
 
-RESIDUAL_GAIN = 0.1
+RESIDUAL_GAIN = 0.3
 
 
 @torch.no_grad()
@@ -26,13 +26,13 @@ def initialize(vae: Autoencoder) -> None:
     Convolutions keep the variance of what they read and residual branches start small, so that colour
     passes through from the first step; latents start with little noise.
     """
-    for name, parameter in vae.named_parameters():
-        if parameter.ndim == 4:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-            if "conv2" in name or "proj_out" in name:
-                parameter *= RESIDUAL_GAIN
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+            if name.endswith(("conv2", "proj_out")):
+                module.weight *= RESIDUAL_GAIN
     z = vae.config.z_channels
     assert vae.quant_conv.bias is not None
     nn.init.constant_(vae.quant_conv.bias[z:], -6.0)

@@ -1,0 +1,206 @@
+"""``sdxl train-unet``, from files to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdxl_cli.checkpoint.files import ModelFiles
+from sdxl_cli.checkpoint.locate import locate
+from sdxl_cli.checkpoint.read import load_model, load_vae
+from sdxl_cli.checkpoint.write import save_model
+from sdxl_cli.console import get as console
+from sdxl_cli.data.cache import LatentCache, weights_hash
+from sdxl_cli.data.loader import BatchLoader, read_image
+from sdxl_cli.data.manifest import Manifest, read_manifest
+from sdxl_cli.errors import UsageError
+from sdxl_cli.generation.prompt import PAD_BIG_G, PAD_CLIP_L, Tokenizer
+from sdxl_cli.model.config import CONFIGS, ModelConfig
+from sdxl_cli.model.sdxl import SDXL
+from sdxl_cli.model.unet import initialize
+from sdxl_cli.model.vae import Autoencoder
+from sdxl_cli.training.config import UNetTrainConfig
+from sdxl_cli.training.folder import prepare
+from sdxl_cli.training.loop import Run
+from sdxl_cli.training.unet_task import UNetTask
+from sdxl_cli.training.vocabulary import compact, expand
+
+RESULT = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UNetRequest:
+    """What ``sdxl train-unet`` was asked for."""
+
+    data: Path
+    """A manifest of ``sdxl bucket-dataset``."""
+    output: Path
+    config: UNetTrainConfig
+    init: str | None = None
+    """A model to start from."""
+    vae: str | None = None
+    """The autoencoder, when there is no ``init`` or another one is wanted."""
+    text_from: str | None = None
+    """A model whose text encoders are used, frozen; for a refiner beside a base."""
+    cache: Path | None = None
+    """Folder of cached latents; default: in ``output``."""
+    resume: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UNetResult:
+    """What came out."""
+
+    path: Path
+    steps: int
+    loss: float
+
+
+def train_unet(request: UNetRequest) -> UNetResult:
+    """Encode the pictures once, train, average and write the whole model.
+
+    Raises:
+        UsageError, FileError: the request does not fit together.
+        NumericError, Interrupted: see :class:`~sdxl_cli.training.loop.Run`.
+    """
+    config = request.config
+    manifest = read_manifest(request.data)
+    require_captions(manifest)
+    prepare(request.output, config, resume=request.resume)
+    torch.manual_seed(config.loop.seed)
+    vae = _vae(request)
+    cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
+    model = _model(request)
+    ids = _compacted(model, manifest) if config.train_text_encoders else None
+    model.to(memory_format=torch.channels_last).train()
+    loader = BatchLoader(manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache)
+    task = UNetTask(model, loader, _Tokens(Tokenizer.default()), config)
+    run = Run(task, config.loop, request.output, {"task": "unet", **asdict(model.config)})
+    if request.resume:
+        run.resume()
+    run.train()
+    path = request.output / RESULT
+    _export(path, model, run.averaged(), vae, ids, config)
+    return UNetResult(path, run.progress.step, run.progress.loss)
+
+
+def require_captions(manifest: Manifest) -> None:
+    """Refuse a data set with pictures that have no caption: training on empty text is never meant.
+
+    Raises:
+        UsageError: names the first of them.
+    """
+    bare = [row.path for row in manifest.kept if not row.captions]
+    if bare:
+        raise UsageError(
+            f"{len(bare)} of {len(manifest.kept)} pictures have no caption, {bare[0]} is the first; "
+            "add captions, or make the manifest with --require-captions to leave them out"
+        )
+
+
+def fill_cache(manifest: Manifest, vae: Autoencoder, folder: Path) -> LatentCache:
+    """Encode every crop that is not in the cache yet."""
+    cache = LatentCache(folder, weights_hash(vae.state_dict()), manifest.config.hygiene)
+    missing = cache.missing(manifest.kept)
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> tuple[Tensor, Tensor]:
+        moments = vae.encode(images)
+        return moments.mean, moments.logvar
+
+    with console().bar("encoding", total=len(missing)) as bar:
+        for added in cache.fill(manifest.kept, lambda row: read_image(manifest, row), encode):
+            bar.advance(added)
+    return cache
+
+
+def _vae(request: UNetRequest) -> Autoencoder:
+    files = _files(request.vae, "vae") if request.vae else _files(request.init, "model")
+    if files is None:
+        raise UsageError("give --vae FILE: without --init there is no autoencoder to encode pictures with")
+    return load_vae(files, dtype=torch.float32)
+
+
+def _files(spec: str | None, role: str) -> ModelFiles | None:
+    return None if spec is None else locate(spec, role)  # type: ignore[arg-type]
+
+
+def _model(request: UNetRequest) -> SDXL:
+    """U-Net and text encoders, with gradients on what is trained."""
+    config = request.config
+    if request.init:
+        model = load_model(locate(request.init, "model"), ("unet", "text"), dtype=torch.float32, vae_dtype=torch.float32)
+    else:
+        model = SDXL(_named(config.model), ("unet", "text"))
+        initialize(model.unet)
+    if request.text_from:
+        _copy_text(model, request.text_from)
+    elif not request.init and not config.train_text_encoders:
+        raise UsageError(
+            "the text encoders would be random and frozen; give --init or --text-from, "
+            "or set train_text_encoders = true"
+        )
+    model.unet.requires_grad_(True)
+    model.conditioner.requires_grad_(config.train_text_encoders)
+    return model
+
+
+def _named(name: str) -> ModelConfig:
+    if name not in CONFIGS:
+        raise UsageError(f"model {name!r} is unknown; known: {', '.join(CONFIGS)}")
+    return CONFIGS[name]
+
+
+def _copy_text(model: SDXL, spec: str) -> None:
+    """Take the text encoders of another model: the last one, bigG, is what a refiner shares with its base."""
+    source = load_model(locate(spec, "model"), ("text",), dtype=torch.float32, vae_dtype=torch.float32)
+    pairs = zip(reversed(model.conditioner.embedders), reversed(source.conditioner.embedders), strict=False)
+    for target, embedder in pairs:
+        target.load_state_dict(embedder.state_dict())
+    model.known_token_ids = source.known_token_ids
+
+
+def _compacted(model: SDXL, manifest: Manifest) -> Tensor:
+    """Cut the token tables down to what the captions use; a model already cut down keeps what it knows."""
+    tokenizer = Tokenizer.default()
+    captions = {caption for row in manifest.kept for caption in row.captions}
+    used = set(model.known_token_ids or ())
+    for caption in captions:
+        used |= {*tokenizer.row(caption, PAD_CLIP_L), *tokenizer.row(caption, PAD_BIG_G)}
+    ids = torch.tensor(sorted(used), dtype=torch.long)
+    compact(model, ids)
+    return ids
+
+
+class _Tokens:
+    """Tokenizes captions, each once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        rows = [self._one(caption) for caption in captions]
+        ids_l, ids_g = (torch.stack(ids) for ids in zip(*rows, strict=True))
+        return ids_l, ids_g
+
+    def _one(self, caption: str) -> tuple[Tensor, Tensor]:
+        if caption not in self.seen:
+            ids_l, ids_g = (self.tokenizer.row(caption, padding) for padding in (PAD_CLIP_L, PAD_BIG_G))
+            self.seen[caption] = torch.tensor(ids_l), torch.tensor(ids_g)
+        return self.seen[caption]
+
+
+def _export(
+    path: Path, model: SDXL, trained: dict[str, Tensor], vae: Autoencoder, ids: Tensor | None, config: UNetTrainConfig
+) -> None:
+    state = {name: value.detach() for name, value in model.state_dict().items()} | trained
+    if ids is not None:
+        state = expand(state, ids, model.config.big_g.vocab_size)
+    state |= {f"first_stage_model.{name}": value for name, value in vae.state_dict().items()}
+    known = None if model.known_token_ids is None else sorted(model.known_token_ids)
+    save_model(path, state, model.config, prediction=config.prediction, keep_token_ids=known)

@@ -1,0 +1,120 @@
+"""``sdxl train-vae``, from files to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sdxl_cli.checkpoint.locate import locate
+from sdxl_cli.checkpoint.read import load_vae
+from sdxl_cli.checkpoint.write import save_vae
+from sdxl_cli.console import get as console
+from sdxl_cli.data.manifest import Row, read_manifest
+from sdxl_cli.errors import UsageError
+from sdxl_cli.model.config import CONFIGS, VAEConfig
+from sdxl_cli.model.vae import Autoencoder
+from sdxl_cli.training.config import VAETrainConfig
+from sdxl_cli.training.folder import prepare
+from sdxl_cli.training.growing import grow, initialize
+from sdxl_cli.training.images import ManifestImages
+from sdxl_cli.training.loop import Run
+from sdxl_cli.training.vae_task import VAETask, fresh, latent_statistics, normalize_latents
+
+RESULT = "vae.safetensors"
+STATISTICS_IMAGES = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VAERequest:
+    """What ``sdxl train-vae`` was asked for."""
+
+    data: Path
+    """A manifest of ``sdxl bucket-dataset``."""
+    output: Path
+    config: VAETrainConfig
+    init: str | None = None
+    """A VAE to start from; with fewer levels than the model, it is grown."""
+    resume: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VAEResult:
+    """What came out."""
+
+    path: Path
+    steps: int
+    loss: float
+    latent_mean: list[float]
+    """Per channel, of unscaled latents, before they were normalised."""
+    latent_std: list[float]
+
+
+def train_vae(request: VAERequest) -> VAEResult:
+    """Train, average, normalise the latents of a model built from nothing, and write the result.
+
+    Raises:
+        UsageError, FileError: the request does not fit together.
+        NumericError, Interrupted: see :class:`~sdxl_cli.training.loop.Run`.
+    """
+    config = request.config
+    manifest = read_manifest(request.data)
+    images = ManifestImages(manifest, large_enough(manifest.kept, max(config.crop_sizes)))
+    prepare(request.output, config, resume=request.resume)
+    torch.manual_seed(config.loop.seed)
+    vae = fresh(build(config, request.init))
+    run = Run(VAETask(vae, images, config), config.loop, request.output, {"task": "vae", **asdict(vae.config)})
+    if request.resume:
+        run.resume()
+    run.train()
+    vae.load_state_dict(run.averaged(), strict=False)
+    vae.eval().requires_grad_(False)
+    sample = [images[i] for i in range(0, len(images), max(1, len(images) // STATISTICS_IMAGES))]
+    mean, std = latent_statistics(vae, sample)
+    if config.normalize_latents:
+        normalize_latents(vae, mean, std)
+    path = request.output / RESULT
+    save_vae(path, vae, vae.config)
+    return VAEResult(path, run.progress.step, run.progress.loss, mean.tolist(), std.tolist())
+
+
+def large_enough(rows: Sequence[Row], side: int) -> list[Row]:
+    """The rows whose bucket holds a square crop of that side."""
+    fitting = [row for row in rows if min(row.plan.target_size) >= side]
+    if not fitting:
+        raise UsageError(f"no kept picture is {side} pixels on both sides; lower crop_sizes or change buckets")
+    if left := len(rows) - len(fitting):
+        console().note(f"{left} of {len(rows)} crops are smaller than {side} pixels on a side and left out")
+    return fitting
+
+
+def build(config: VAETrainConfig, init: str | None) -> Autoencoder:
+    """The autoencoder to train: from nothing, from a file, or grown from a smaller one."""
+    wanted = vae_config(config.model)
+    if config.levels:
+        wanted = replace(wanted, channel_mult=wanted.channel_mult[: config.levels])
+    vae = Autoencoder(wanted)
+    if init is None:
+        initialize(vae)
+        return vae
+    files = locate(init, "vae")
+    start = load_vae(files, dtype=torch.float32)
+    if start.config.channel_mult == wanted.channel_mult:
+        return start
+    initialize(vae)
+    grow(vae, start.state_dict(), start.config)
+    console().note(f"grown from {len(start.config.channel_mult)} levels to {len(wanted.channel_mult)}")
+    return vae
+
+
+def vae_config(name: str) -> VAEConfig:
+    """The autoencoder of a named configuration.
+
+    Raises:
+        UsageError: no configuration has that name.
+    """
+    if name not in CONFIGS:
+        raise UsageError(f"model {name!r} is unknown; known: {', '.join(CONFIGS)}")
+    return CONFIGS[name].vae
