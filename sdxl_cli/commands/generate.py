@@ -226,7 +226,8 @@ def _make(plan: Plan, models: Models, place: Target, console: Console, *, keep_r
     result = {
         "pictures": made,
         "request": plan.request,
-        "framing": plan.framing,
+        "resolved": plan.framing.named(),
+        "steps": plan.split(),
         "seconds": round(seconds, 3),
     }
     console.json(result)

@@ -75,13 +75,12 @@ class Record:
 
     def to_json(self) -> str:
         """One line of JSON."""
-        framing = {name: _named(name, pair) for name, pair in asdict(self.framing).items()}
         values = {
             "format": FORMAT,
             "kind": self.kind,
             "sdxl": __version__,
             "request": asdict(self.request),
-            "resolved": framing,
+            "resolved": self.framing.named(),
             "models": {role: asdict(model) for role, model in self.models.items()},
             "run": dict(self.run),
         }
@@ -159,12 +158,6 @@ def read_record(path: Path) -> Stored | None:
         )
     request = presets.from_table(_REQUESTS[kind], table, path.name)
     return Stored(kind, request, models, values)
-
-
-def _named(name: str, pair: tuple[int, int]) -> dict[str, int]:
-    """Which number is which: front ends disagree about the order."""
-    keys = ("top", "left") if name.endswith("top_left") else ("height", "width")
-    return dict(zip(keys, pair, strict=True))
 
 
 def _quote(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeVar
 
 from sdxl_cli.generation.prompt import Tokenizer
@@ -38,6 +38,14 @@ class Framing:
     negative_original_size: Size
     negative_crop_top_left: tuple[int, int]
     negative_target_size: Size
+
+    def named(self) -> dict[str, dict[str, int]]:
+        """For JSON, with every number named: front ends disagree about the order."""
+        corner, size = ("top", "left"), ("height", "width")
+        return {
+            name: dict(zip(corner if name.endswith("top_left") else size, pair, strict=True))
+            for name, pair in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

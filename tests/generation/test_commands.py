@@ -81,7 +81,7 @@ def test_json_is_one_object_on_stdout(generate: Sdxl) -> None:
     found = json.loads(generate("a red guitar", "--json", "--num-images", 2).out)
     assert [picture["seed"] for picture in found["pictures"]] == [5, 6]
     assert found["request"]["prompt"] == "a red guitar"
-    assert found["framing"]["size"] == [64, 64]
+    assert found["resolved"]["size"] == {"height": 64, "width": 64}
     assert all(Path(picture["path"]).is_file() for picture in found["pictures"])
 
 
