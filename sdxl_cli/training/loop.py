@@ -109,7 +109,9 @@ class Run:
                 if last or stop.asked or (index + 1) % self.config.save_every == 0:
                     self.save()
                 if stop.asked and not last:
-                    raise Interrupted(f"stopped at step {index + 1}; go on with --resume {self.folder}")
+                    raise Interrupted(
+                        f"stopped after step {index + 1}; the same command with --resume goes on"
+                    )
 
     def _step(self, index: int) -> dict[str, float]:
         config = self.config.optimizer
@@ -119,9 +121,11 @@ class Run:
         if not torch.isfinite(loss):
             raise NumericError(f"loss is {value} at step {index}: {metrics}; the last saved state is good")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         limit = config.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        if not torch.isfinite(norm):
+            raise NumericError(f"the gradient is {float(norm)} at step {index}; the last saved state is good")
         rate = learning_rate(config, index, self.config.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -165,12 +169,22 @@ def restore(
         raise FileError("the saved state is of another model; start a new run in another --output folder")
     for name, p in parameters.items():
         p.copy_(tensors[f"weights.{name}"])
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        moments = {k: tensors[f"optimizer.{k}.{name}"].clone() for k in keys if f"optimizer.{k}.{name}" in tensors}
+        prefixed = {key: f"optimizer.{key}.{name}" for key in _OPTIMIZER_STATE}
+        moments = {k: _laid_out_as(p, tensors[n]) for k, n in prefixed.items() if n in tensors}
         if moments:
             optimizer.state[p] = moments
         if ema:
             ema.shadow[name].copy_(tensors.get(f"ema.{name}", p))
+
+
+_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy in the parameter's memory layout: the fused step walks through memory and looks at no strides."""
+    if value.shape != parameter.shape:
+        return value.clone()
+    return torch.empty_like(parameter).copy_(value)
 
 
 class _Log:
@@ -201,11 +215,12 @@ class _Stop:
 @contextmanager
 def _stop_signals() -> Iterator[_Stop]:
     """SIGINT and SIGTERM ask for a stop after the step; a second one acts at once."""
-    stop, before = _Stop(), {}
+    stop = _Stop()
+    before: dict[signal.Signals, Any] = {}
 
     def ask(number: int, frame: object) -> None:
         stop.asked = True
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, ask)
