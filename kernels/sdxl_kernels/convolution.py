@@ -6,13 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+def upsample_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int] | None = None
+) -> Tensor:
     """Nearest-neighbour doubling, then a 3x3 convolution with padding 1.
 
     Args:
         x: [B, C, H, W].
         weight: [D, C, 3, 3].
-        bias: [D].
+        bias: [D], or none.
         size: (height, width) to make instead, for what was an odd number before it was halved.
 
     Returns:
@@ -22,13 +24,13 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]
     return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
 
 
-def downsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def downsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """3x3 convolution with stride 2 and padding 1 on every side (the U-Net's).
 
     Args:
         x: [B, C, H, W].
         weight: [D, C, 3, 3].
-        bias: [D].
+        bias: [D], or none.
 
     Returns:
         [B, D, ceil(H/2), ceil(W/2)].
@@ -36,7 +38,7 @@ def downsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, stride=2, padding=1)
 
 
-def downsample_conv_asymmetric(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def downsample_conv_asymmetric(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """3x3 convolution with stride 2, padded by one on the right and below only (the VAE's).
 
     Args and result as for :func:`downsample_conv`, with even H and W.

@@ -21,7 +21,10 @@ def command(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the result, the state and the metrics.", metavar="DIR")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder for the result, the state and the metrics.", metavar="DIR"
+        ),
     ] = Path("runs/unet"),
     preset: Annotated[
         str, typer.Option("--preset", help="A shipped preset or a TOML file.", metavar="NAME")
@@ -38,7 +41,9 @@ def command(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", help="Folder of encoded pictures.", metavar="DIR", show_default="in --output"),
+        typer.Option(
+            "--cache", help="Folder of encoded pictures.", metavar="DIR", show_default="in --output"
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     max_steps: Annotated[
@@ -56,7 +61,9 @@ def command(
     min_snr_gamma: Annotated[
         float | None, typer.Option("--min-snr-gamma", help="Min-SNR weighting; 0 is off.", metavar="X")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Decides data order and noise.", metavar="N")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Decides data order and noise.", metavar="N")
+    ] = None,
     config: Config = None,
     sets: Set = None,
     quiet: Quiet = False,

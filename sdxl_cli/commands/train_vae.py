@@ -15,20 +15,29 @@ PANEL = "Train"
 
 def command(
     data: Annotated[
-        Path,
+        list[Path],
         typer.Option(
-            "--data", "-d", help="Manifest that bucket-dataset wrote.", metavar="FILE", show_default=False
+            "--data",
+            "-d",
+            help="Manifest that bucket-dataset wrote; may be repeated.",
+            metavar="FILE",
+            show_default=False,
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the result, the state and the metrics.", metavar="DIR")
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder for the result, the state and the metrics.", metavar="DIR"
+        ),
     ] = Path("runs/vae"),
     preset: Annotated[
         str, typer.Option("--preset", help="A shipped preset or a TOML file.", metavar="NAME")
     ] = "vae-tiny",
     init: Annotated[
         str | None,
-        typer.Option("--init", help="Autoencoder to start from; one with fewer levels is grown.", metavar="FILE"),
+        typer.Option(
+            "--init", help="Autoencoder to start from; one with fewer levels is grown.", metavar="FILE"
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Steps in all.", metavar="N")] = None,
@@ -38,7 +47,9 @@ def command(
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", help="Peak learning rate of AdamW.", metavar="X")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Decides data order and noise.", metavar="N")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Decides data order and noise.", metavar="N")
+    ] = None,
     config: Config = None,
     sets: Set = None,
     quiet: Quiet = False,
@@ -60,7 +71,7 @@ def command(
         "loop.seed": seed,
     }
     resolved = presets.layered(VAETrainConfig, preset=preset, config=config, sets=sets or (), flags=flags)
-    result = train_vae(VAERequest(data=data, output=output, config=resolved, init=init, resume=resume))
+    result = train_vae(VAERequest(data=tuple(data), output=output, config=resolved, init=init, resume=resume))
     console.note(f"{result.steps} steps, loss {result.loss:.4f}; latent std {result.latent_std}")
     console.print_result(str(result.path))
     console.json(result)

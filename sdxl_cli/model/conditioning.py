@@ -59,9 +59,7 @@ class Conditioning:
     """[B, adm_in_channels]."""
 
 
-def conditioning_vector(
-    config: ModelConfig, pooled: Tensor, micro: Sequence[MicroConditioning]
-) -> Tensor:
+def conditioning_vector(config: ModelConfig, pooled: Tensor, micro: Sequence[MicroConditioning]) -> Tensor:
     """pooled text | sinusoidal features of every number of every micro-condition (facts: sgm GeneralConditioner).
 
     Args:

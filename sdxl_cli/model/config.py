@@ -124,9 +124,12 @@ class ModelConfig:
         """
         try:
             towers = {
-                name: TextTowerConfig(**values[name]) if values[name] else None for name in ("clip_l", "big_g")
+                name: TextTowerConfig(**values[name]) if values[name] else None
+                for name in ("clip_l", "big_g")
             }
-            rest = {key: value for key, value in values.items() if key not in ("unet", "vae", "clip_l", "big_g")}
+            rest = {
+                key: value for key, value in values.items() if key not in ("unet", "vae", "clip_l", "big_g")
+            }
             return cls(
                 unet=UNetConfig(**_tuples(values["unet"])),
                 vae=VAEConfig(**_tuples(values["vae"])),
@@ -210,4 +213,9 @@ TINY_REFINER = ModelConfig(
 )
 """The bundled refiner."""
 
-CONFIGS: dict[str, ModelConfig] = {"base": BASE, "refiner": REFINER, "tiny": TINY, "tiny-refiner": TINY_REFINER}
+CONFIGS: dict[str, ModelConfig] = {
+    "base": BASE,
+    "refiner": REFINER,
+    "tiny": TINY,
+    "tiny-refiner": TINY_REFINER,
+}

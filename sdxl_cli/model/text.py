@@ -34,17 +34,15 @@ class ClipLEmbedder(nn.Module):
         )
         self.transformer = nn.Module()
         # transformers 5 dropped the text_model level; the released files have it
-        self.transformer.text_model = getattr(model, "text_model", model)
+        tower: nn.Module = getattr(model, "text_model", model)
+        self.transformer.text_model = tower
         positions = torch.arange(config.context_length, device="cpu")[None]
-        self._tower.embeddings.register_buffer("position_ids", positions, persistent=False)
-
-    @property
-    def _tower(self) -> nn.Module:
-        return self.transformer.text_model
+        tower.get_submodule("embeddings").register_buffer("position_ids", positions, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, 77] -> the penultimate layer's output, without the final norm [B, 77, width]."""
-        states = self._tower(input_ids=ids, output_hidden_states=True).hidden_states
+        tower = self.transformer.get_submodule("text_model")
+        states: tuple[Tensor, ...] = tower(input_ids=ids, output_hidden_states=True).hidden_states
         return states[-2]
 
 

@@ -16,7 +16,9 @@ from sdxl_cli.model.config import UNetConfig
 from sdxl_cli.model.embedding import sinusoidal
 
 RES_EPS = 1e-5
-TRANSFORMER_EPS = 1e-6  # the transformer's entry norm differs from the residual blocks' (sgm attention.py Normalize)
+TRANSFORMER_EPS = (
+    1e-6  # the transformer's entry norm differs from the residual blocks' (sgm attention.py Normalize)
+)
 
 
 class ResBlock(nn.Module):
@@ -246,17 +248,13 @@ def _mlp(inputs: int, width: int) -> nn.Sequential:
 
 
 def _transformer(config: UNetConfig, width: int, depth: int) -> SpatialTransformer:
-    return SpatialTransformer(
-        width, depth, config.context_dim, config.num_head_channels, config.norm_groups
-    )
+    return SpatialTransformer(width, depth, config.context_dim, config.num_head_channels, config.norm_groups)
 
 
 def _level(config: UNetConfig, level: int, in_channels: int) -> list[nn.Module]:
     """A residual block of a level, and its transformer where the level has one."""
     width = config.model_channels * config.channel_mult[level]
-    layers: list[nn.Module] = [
-        ResBlock(in_channels, width, 4 * config.model_channels, config.norm_groups)
-    ]
+    layers: list[nn.Module] = [ResBlock(in_channels, width, 4 * config.model_channels, config.norm_groups)]
     if depth := config.transformer_depth[level]:
         layers.append(_transformer(config, width, depth))
     return layers

@@ -71,7 +71,9 @@ class AttnBlock(nn.Module):
         """[B, C, H, W] -> [B, C, H, W]."""
         norm = self.norm
         normed = group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        q, k, v = (rearrange(p(normed), "b c h w -> b 1 (h w) c").contiguous() for p in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(p(normed), "b c h w -> b 1 (h w) c").contiguous() for p in (self.q, self.k, self.v)
+        )
         out = rearrange(attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(out)
 

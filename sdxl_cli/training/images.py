@@ -13,15 +13,14 @@ from sdxl_cli.data.manifest import Manifest, Row
 
 
 class ManifestImages(Sequence[Tensor]):
-    """Item i is the i-th kept row's training pixels, float32 [3, H, W] in -1 … 1."""
+    """Item i is the training pixels of the i-th row, float32 [3, H, W] in -1 … 1."""
 
-    def __init__(self, manifest: Manifest, rows: Sequence[Row], keep_bytes: int = 2 << 30) -> None:
+    def __init__(self, rows: Sequence[tuple[Manifest, Row]], keep_bytes: int = 2 << 30) -> None:
         """Args:
-        manifest: where the rows are from.
-        rows: kept rows.
+        rows: kept rows, each with the manifest it is from.
         keep_bytes: how much of the decoded pictures stays in memory, as bytes of uint8.
         """
-        self.manifest, self.rows = manifest, rows
+        self.rows = rows
         self._room = keep_bytes
         self._kept: dict[int, Tensor] = {}
 
@@ -38,7 +37,7 @@ class ManifestImages(Sequence[Tensor]):
         kept = self._kept.get(index)
         if kept is not None:
             return kept.float().div(127.5).sub(1.0)
-        image = read_image(self.manifest, self.rows[index])
+        image = read_image(*self.rows[index])
         if self._room >= image.numel():
             self._room -= image.numel()
             self._kept[index] = image.add(1.0).mul(127.5).round().to(torch.uint8)

@@ -12,7 +12,7 @@ from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.read import load_vae
 from sdxl_cli.checkpoint.write import save_vae
 from sdxl_cli.console import get as console
-from sdxl_cli.data.manifest import Row, read_manifest
+from sdxl_cli.data.manifest import Manifest, Row, read_manifest
 from sdxl_cli.errors import UsageError
 from sdxl_cli.model.config import CONFIGS, VAEConfig
 from sdxl_cli.model.vae import Autoencoder
@@ -31,8 +31,8 @@ STATISTICS_IMAGES = 200
 class VAERequest:
     """What ``sdxl train-vae`` was asked for."""
 
-    data: Path
-    """A manifest of ``sdxl bucket-dataset``."""
+    data: tuple[Path, ...]
+    """Manifests of ``sdxl bucket-dataset``."""
     output: Path
     config: VAETrainConfig
     init: str | None = None
@@ -60,8 +60,9 @@ def train_vae(request: VAERequest) -> VAEResult:
         NumericError, Interrupted: see :class:`~sdxl_cli.training.loop.Run`.
     """
     config = request.config
-    manifest = read_manifest(request.data)
-    images = ManifestImages(manifest, large_enough(manifest.kept, max(config.crop_sizes)))
+    manifests = [read_manifest(path) for path in request.data]
+    rows = [(manifest, row) for manifest in manifests for row in manifest.kept]
+    images = ManifestImages(large_enough(rows, max(config.crop_sizes)))
     prepare(request.output, config, resume=request.resume)
     torch.manual_seed(config.loop.seed)
     vae = fresh(build(config, request.init))
@@ -80,9 +81,9 @@ def train_vae(request: VAERequest) -> VAEResult:
     return VAEResult(path, run.progress.step, run.progress.loss, mean.tolist(), std.tolist())
 
 
-def large_enough(rows: Sequence[Row], side: int) -> list[Row]:
+def large_enough(rows: Sequence[tuple[Manifest, Row]], side: int) -> list[tuple[Manifest, Row]]:
     """The rows whose bucket holds a square crop of that side."""
-    fitting = [row for row in rows if min(row.plan.target_size) >= side]
+    fitting = [(manifest, row) for manifest, row in rows if min(row.plan.target_size) >= side]
     if not fitting:
         raise UsageError(f"no kept picture is {side} pixels on both sides; lower crop_sizes or change buckets")
     if left := len(rows) - len(fitting):
