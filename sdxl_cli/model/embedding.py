@@ -21,6 +21,7 @@ def sinusoidal(values: Tensor, dim: int) -> Tensor:
         float32 [N, dim].
     """
     half = dim // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = values.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)[None]
+    # in this order, as the original rounds: another one turns the angle of 2000 pixels by 1e-4
+    exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values.float()[:, None] * exponents.exp()[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
