@@ -7,7 +7,7 @@ from typing import Literal
 
 from sdxl_cli.errors import UsageError
 
-DropoutMode = Literal["joint", "independent"]
+DropoutMode = Literal["joint", "independent", "empty"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +83,8 @@ class VAETrainConfig:
     def __post_init__(self) -> None:
         if len(self.crop_sizes) != len(self.crop_weights) or not self.crop_sizes:
             raise UsageError("crop_sizes and crop_weights must be lists of the same length, at least 1")
+        if odd := [side for side in self.crop_sizes if side < 8 or side % 8]:
+            raise UsageError(f"crop_sizes has {odd[0]}; sides must be multiples of 8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,12 +102,14 @@ class UNetTrainConfig:
     timestep_max: int = 999
     """Noise levels are drawn uniformly from these indices, both ends included."""
     text_dropout: float = 0.1
-    """Chance that text features of a sample are replaced by zeros."""
+    """Chance that a sample is trained without its text, for classifier-free guidance."""
     text_dropout_mode: DropoutMode = "independent"
-    """independent: each encoder's features and the pooled text fall out on their own, as in the original;
-    joint: all together."""
+    """independent: each encoder's features and the pooled text become zeros on their own, as in the original;
+    joint: all together; empty: the caption becomes the empty text, which is what a refiner is guided away from."""
     train_text_encoders: bool = False
     """Train the text encoders along; for models built from nothing."""
+    save_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the model file; the state keeps fp32."""
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:

@@ -7,16 +7,17 @@ average-pooling level inside already reconstructs a blurred picture, and has onl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from sdxl_cli.errors import UsageError
 from sdxl_cli.model.config import VAEConfig
-from sdxl_cli.model.vae import Autoencoder, Level
-
+from sdxl_cli.model.vae import Autoencoder
 
 RESIDUAL_GAIN = 0.3
+"""Times the usual deviation of a residual branch's last convolution."""
 
 
 @torch.no_grad()
@@ -52,35 +53,37 @@ def grow(vae: Autoencoder, weights: Mapping[str, Tensor], config: VAEConfig) -> 
         UsageError: the two do not fit.
     """
     small, large = config.channel_mult, vae.config.channel_mult
-    if large[: len(small)] != small or any(mult != small[-1] for mult in large[len(small) :]):
+    fits = replace(config, channel_mult=large, scale_factor=vae.config.scale_factor) == vae.config
+    if not fits or large[: len(small)] != small or any(mult != small[-1] for mult in large[len(small) :]):
         raise UsageError(
-            f"--init has levels {small}, the model {large}: "
+            f"--init has levels {small} of {config.channels} channels, the model {large} of {vae.config.channels}: "
             "a model grows only by levels of the same width below the ones it has"
         )
     vae.load_state_dict(weights, strict=False)
     for level in range(len(small), len(large)):
         for stage in (vae.encoder.down[level], vae.decoder.up[level]):
-            _make_identity(stage)
-        _pool(vae.encoder.down[level - 1].downsample.conv)
-        _pass(vae.decoder.up[level].upsample.conv)
+            for block in stage.get_submodule("block").children():
+                _zeroed(block, "conv2")
+        _pool(_zeroed(vae.encoder, f"down.{level - 1}.downsample.conv"))
+        _pass(_zeroed(vae.decoder, f"up.{level}.upsample.conv"))
 
 
-def _make_identity(stage: Level) -> None:
-    for block in stage.block:
-        nn.init.zeros_(block.conv2.weight)
-        nn.init.zeros_(block.conv2.bias)
+def _zeroed(module: nn.Module, name: str) -> nn.Conv2d:
+    """A convolution inside ``module``, its weight and bias set to 0."""
+    conv = module.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv
 
 
 def _pool(conv: nn.Conv2d) -> None:
     """Average each 2x2 block of every channel; the other taps start at 0 (padding is right and below)."""
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
     for channel in range(conv.in_channels):
         conv.weight[channel, channel, :2, :2] = 0.25
 
 
 def _pass(conv: nn.Conv2d) -> None:
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
+    """Let every channel through unchanged."""
     for channel in range(conv.in_channels):
         conv.weight[channel, channel, 1, 1] = 1.0

@@ -25,8 +25,10 @@ from sdxl_cli.training.state import load_state, save_state
 class Task(Protocol):
     """What is trained, and on what: the loop knows neither."""
 
-    module: nn.Module
-    """Parameters that require gradients are trained."""
+    @property
+    def module(self) -> nn.Module:
+        """Parameters that require gradients are trained."""
+        ...
 
     def step(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """The loss of step ``index``, and numbers for the log.
@@ -69,6 +71,7 @@ class Run:
             FileError: there is none, it is damaged, or it is of another model.
         """
         tensors, values = load_state(self.folder)
+        _require_same(values["record"], self.record)
         restore(tensors, self.parameters, self.optimizer, self.ema)
         if self.ema:
             self.ema.updates = values["ema_updates"]
@@ -148,6 +151,17 @@ def snapshot(
     if ema:
         tensors |= {f"ema.{name}": value for name, value in ema.shadow.items()}
     return tensors
+
+
+def _require_same(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Refuse a state whose record says something else; what it says nothing about is taken as the same."""
+    ours = json.loads(json.dumps(record))
+    different = sorted(key for key in ours.keys() & saved.keys() if ours[key] != saved[key])
+    if different:
+        raise FileError(
+            f"the saved state is of another run ({', '.join(different)} changed); "
+            "start a new one in another --output folder"
+        )
 
 
 @torch.no_grad()

@@ -37,5 +37,5 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = folder / STATE_FILE
     file = TensorFile(path)
     if KEY not in file.metadata:
-        raise FileError(f"{path}: not a training state; give --resume a folder that a training run wrote")
+        raise FileError(f"{path}: not a training state; give --output a folder that a training run wrote")
     return {name: file.read(name) for name in file.shapes}, json.loads(file.metadata[KEY])

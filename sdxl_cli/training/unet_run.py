@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sdxl_cli.checkpoint.files import ModelFiles
-from sdxl_cli.checkpoint.locate import locate
+from sdxl_cli.checkpoint.locate import Role, locate
 from sdxl_cli.checkpoint.read import load_model, load_vae
 from sdxl_cli.checkpoint.write import save_model
 from sdxl_cli.console import get as console
 from sdxl_cli.data.cache import LatentCache, weights_hash
 from sdxl_cli.data.loader import BatchLoader, read_image
 from sdxl_cli.data.manifest import Manifest, read_manifest
-from sdxl_cli.errors import UsageError
+from sdxl_cli.errors import UsageError, unknown
 from sdxl_cli.generation.prompt import PAD_BIG_G, PAD_CLIP_L, Tokenizer
 from sdxl_cli.model.config import CONFIGS, ModelConfig
-from sdxl_cli.model.sdxl import SDXL
+from sdxl_cli.model.sdxl import SDXL, Part
 from sdxl_cli.model.unet import initialize
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.config import UNetTrainConfig
@@ -30,6 +30,7 @@ from sdxl_cli.training.unet_task import UNetTask
 from sdxl_cli.training.vocabulary import compact, expand
 
 RESULT = "model.safetensors"
+SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,19 +74,29 @@ def train_unet(request: UNetRequest) -> UNetResult:
     prepare(request.output, config, resume=request.resume)
     torch.manual_seed(config.loop.seed)
     vae = _vae(request)
-    cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
-    model = _model(request)
-    ids = _compacted(model, manifest) if config.train_text_encoders else None
+    model = _model(request, vae)
+    ids = _compacted(model, manifest) if _learns_words(request, model) else None
     model.to(memory_format=torch.channels_last).train()
+    cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
     loader = BatchLoader(manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache)
     task = UNetTask(model, loader, _Tokens(Tokenizer.default()), config)
-    run = Run(task, config.loop, request.output, {"task": "unet", **asdict(model.config)})
+    run = Run(task, config.loop, request.output, _record(model, config, ids))
     if request.resume:
         run.resume()
     run.train()
     path = request.output / RESULT
     _export(path, model, run.averaged(), vae, ids, config)
     return UNetResult(path, run.progress.step, run.progress.loss)
+
+
+def _record(model: SDXL, config: UNetTrainConfig, ids: Tensor | None) -> dict[str, object]:
+    """What a run must be to go on with a state."""
+    return {
+        "task": "unet",
+        **asdict(model.config),
+        "prediction": config.prediction,
+        "token_ids": None if ids is None else ids.tolist(),
+    }
 
 
 def require_captions(manifest: Manifest) -> None:
@@ -125,39 +136,69 @@ def _vae(request: UNetRequest) -> Autoencoder:
     return load_vae(files, dtype=torch.float32)
 
 
-def _files(spec: str | None, role: str) -> ModelFiles | None:
-    return None if spec is None else locate(spec, role)  # type: ignore[arg-type]
+def _files(spec: str | None, role: Role) -> ModelFiles | None:
+    return None if spec is None else locate(spec, role)
 
 
-def _model(request: UNetRequest) -> SDXL:
-    """U-Net and text encoders, with gradients on what is trained."""
+def _model(request: UNetRequest, vae: Autoencoder) -> SDXL:
+    """U-Net and text encoders, with gradients on what is trained; its configuration has ``vae``'s in it."""
     config = request.config
     if request.init:
-        model = load_model(locate(request.init, "model"), ("unet", "text"), dtype=torch.float32, vae_dtype=torch.float32)
-    else:
-        model = SDXL(_named(config.model), ("unet", "text"))
+        model = _load(request.init, ("unet", "text"))
+    elif request.text_from or config.train_text_encoders:
+        model = SDXL(named(config.model), ("unet", "text"))
         initialize(model.unet)
-    if request.text_from:
-        _copy_text(model, request.text_from)
-    elif not request.init and not config.train_text_encoders:
+    else:
         raise UsageError(
             "the text encoders would be random and frozen; give --init or --text-from, "
             "or set train_text_encoders = true"
         )
+    if vae.config.z_channels != model.config.unet.in_channels:
+        raise UsageError(
+            f"the autoencoder has {vae.config.z_channels} latent channels, the U-Net reads "
+            f"{model.config.unet.in_channels}; give another --vae"
+        )
+    model.config = replace(model.config, vae=vae.config)
+    if request.text_from:
+        _copy_text(model, request.text_from)
     model.unet.requires_grad_(True)
     model.conditioner.requires_grad_(config.train_text_encoders)
     return model
 
 
-def _named(name: str) -> ModelConfig:
+def _load(spec: str, parts: Collection[Part]) -> SDXL:
+    return load_model(locate(spec, "model"), parts, dtype=torch.float32, vae_dtype=torch.float32)
+
+
+def _learns_words(request: UNetRequest, model: SDXL) -> bool:
+    """Whether the token tables are to have the captions' words only: not when they were trained on all."""
+    built = not request.init and not request.text_from
+    return request.config.train_text_encoders and (built or model.known_token_ids is not None)
+
+
+def named(name: str) -> ModelConfig:
+    """A configuration by its name.
+
+    Raises:
+        UsageError: none has that name.
+    """
     if name not in CONFIGS:
-        raise UsageError(f"model {name!r} is unknown; known: {', '.join(CONFIGS)}")
+        raise unknown("model", name, CONFIGS)
     return CONFIGS[name]
 
 
 def _copy_text(model: SDXL, spec: str) -> None:
-    """Take the text encoders of another model: the last one, bigG, is what a refiner shares with its base."""
-    source = load_model(locate(spec, "model"), ("text",), dtype=torch.float32, vae_dtype=torch.float32)
+    """Take the text encoders of another model: the last one, bigG, is what a refiner shares with its base.
+
+    Raises:
+        UsageError: they are of another size, or there are too few of them.
+    """
+    source = _load(spec, ["text"])
+    mine, theirs = model.config, source.config
+    if mine.big_g != theirs.big_g or mine.clip_l not in (None, theirs.clip_l):
+        raise UsageError(
+            f"--text-from {spec} has not the text encoders that the model reads; give another one"
+        )
     pairs = zip(reversed(model.conditioner.embedders), reversed(source.conditioner.embedders), strict=False)
     for target, embedder in pairs:
         target.load_state_dict(embedder.state_dict())
@@ -196,11 +237,17 @@ class _Tokens:
 
 
 def _export(
-    path: Path, model: SDXL, trained: dict[str, Tensor], vae: Autoencoder, ids: Tensor | None, config: UNetTrainConfig
+    path: Path,
+    model: SDXL,
+    trained: dict[str, Tensor],
+    vae: Autoencoder,
+    ids: Tensor | None,
+    config: UNetTrainConfig,
 ) -> None:
     state = {name: value.detach() for name, value in model.state_dict().items()} | trained
     if ids is not None:
         state = expand(state, ids, model.config.big_g.vocab_size)
     state |= {f"first_stage_model.{name}": value for name, value in vae.state_dict().items()}
     known = None if model.known_token_ids is None else sorted(model.known_token_ids)
-    save_model(path, state, model.config, prediction=config.prediction, keep_token_ids=known)
+    dtype = SAVE_DTYPES[config.save_dtype]
+    save_model(path, state, model.config, dtype=dtype, prediction=config.prediction, keep_token_ids=known)

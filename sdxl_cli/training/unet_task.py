@@ -52,9 +52,8 @@ class UNetTask:
         noise = training_noise(tuple(latent.shape), config.noise_offset, generator)
         sigma = self.schedule.sigmas[levels]
         noised = add_noise(latent, noise, sigma, config.prediction, config.min_snr_gamma)
-        with torch.set_grad_enabled(config.train_text_encoders):
-            text = model.conditioner.text(*self.tokenize(batch.captions))
-        cond = condition(model.config, self._dropped(text, generator), micro_conditions(batch))
+        text = self._text(batch.captions, generator)
+        cond = condition(model.config, text, micro_conditions(batch))
         network_input = noised.network_input.contiguous(memory_format=torch.channels_last)
         output = model.unet(network_input, levels, cond.crossattn, cond.vector)
         loss, per_sample = weighted_mse(output, noised)
@@ -66,6 +65,17 @@ class UNetTask:
         noise = torch.randn(moments.mean.shape, generator=generator)
         return moments.sample(noise) * self.module.config.vae.scale_factor
 
+    def _text(self, captions: Sequence[str], generator: torch.Generator) -> TextFeatures:
+        """Features of the captions, some of them taken away."""
+        config = self.config
+        if config.text_dropout_mode == "empty":  # facts §4: legacy_ucg_value
+            draws = torch.rand(len(captions), generator=generator).tolist()
+            kept = zip(draws, captions, strict=True)
+            captions = ["" if draw < config.text_dropout else caption for draw, caption in kept]
+        with torch.set_grad_enabled(config.train_text_encoders):
+            text = self.module.conditioner.text(*self.tokenize(captions))
+        return text if config.text_dropout_mode == "empty" else self._dropped(text, generator)
+
     def _dropped(self, text: TextFeatures, generator: torch.Generator) -> TextFeatures:
         """Zero features at random, as classifier-free guidance needs (facts §4: ucg_rate)."""
         config, clip_l = self.config, self.module.config.clip_l
@@ -76,7 +86,7 @@ class UNetTask:
             len(text.pooled), 1 if config.text_dropout_mode == "joint" else outputs, generator=generator
         )
         keep = (draws >= config.text_dropout).float().expand(-1, outputs)
-        parts = text.crossattn.split(widths, dim=-1)
+        parts = torch.split(text.crossattn, widths, dim=-1)
         crossattn = torch.cat([part * keep[:, i, None, None] for i, part in enumerate(parts)], dim=-1)
         return TextFeatures(crossattn, text.pooled * keep[:, -1:])
 

@@ -13,7 +13,7 @@ from sdxl_cli.checkpoint.read import load_vae
 from sdxl_cli.checkpoint.write import save_vae
 from sdxl_cli.console import get as console
 from sdxl_cli.data.manifest import Manifest, Row, read_manifest
-from sdxl_cli.errors import UsageError
+from sdxl_cli.errors import UsageError, unknown
 from sdxl_cli.model.config import CONFIGS, VAEConfig
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.config import VAETrainConfig
@@ -66,7 +66,9 @@ def train_vae(request: VAERequest) -> VAEResult:
     prepare(request.output, config, resume=request.resume)
     torch.manual_seed(config.loop.seed)
     vae = fresh(build(config, request.init))
-    run = Run(VAETask(vae, images, config), config.loop, request.output, {"task": "vae", **asdict(vae.config)})
+    run = Run(
+        VAETask(vae, images, config), config.loop, request.output, {"task": "vae", **asdict(vae.config)}
+    )
     if request.resume:
         run.resume()
     run.train()
@@ -85,7 +87,9 @@ def large_enough(rows: Sequence[tuple[Manifest, Row]], side: int) -> list[tuple[
     """The rows whose bucket holds a square crop of that side."""
     fitting = [(manifest, row) for manifest, row in rows if min(row.plan.target_size) >= side]
     if not fitting:
-        raise UsageError(f"no kept picture is {side} pixels on both sides; lower crop_sizes or change buckets")
+        raise UsageError(
+            f"no kept picture is {side} pixels on both sides; lower crop_sizes or change buckets"
+        )
     if left := len(rows) - len(fitting):
         console().note(f"{left} of {len(rows)} crops are smaller than {side} pixels on a side and left out")
     return fitting
@@ -117,5 +121,5 @@ def vae_config(name: str) -> VAEConfig:
         UsageError: no configuration has that name.
     """
     if name not in CONFIGS:
-        raise UsageError(f"model {name!r} is unknown; known: {', '.join(CONFIGS)}")
+        raise unknown("model", name, CONFIGS)
     return CONFIGS[name].vae

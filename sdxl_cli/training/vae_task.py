@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from sdxl_cli.model.vae import Autoencoder, Moments
 from sdxl_cli.training.config import VAELossConfig, VAETrainConfig
 
+M = TypeVar("M", bound=nn.Module)
+
 LOWPASS_BLOCKS = (8, 32)
+"""Sides of the blocks whose averages are compared, in pixels."""
 
 
 def lowpass_l1(prediction: Tensor, target: Tensor) -> Tensor:
@@ -70,15 +74,15 @@ class VAETask:
         config = self.config
         weights = torch.tensor(config.crop_weights)
         size = config.crop_sizes[int(torch.multinomial(weights, 1, generator=generator))]
-        count = max(1, config.pixels_per_step // size**2) if config.pixels_per_step else config.loop.batch_size
+        count = (
+            max(1, config.pixels_per_step // size**2) if config.pixels_per_step else config.loop.batch_size
+        )
         picks = torch.randint(len(self.images), (count,), generator=generator)
         return torch.stack([_random_crop(self.images[int(i)], size, generator) for i in picks])
 
 
 def _random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    top, left = (
-        int(torch.randint(side - size + 1, (), generator=generator)) for side in image.shape[-2:]
-    )
+    top, left = (int(torch.randint(side - size + 1, (), generator=generator)) for side in image.shape[-2:])
     return image[:, top : top + size, left : left + size]
 
 
@@ -116,14 +120,15 @@ def normalize_latents(vae: Autoencoder, mean: Tensor, std: Tensor) -> None:
     shift = mean.float()
     z = len(gain)
     quant, post = vae.quant_conv, vae.post_quant_conv
-    assert quant.bias is not None and post.bias is not None
-    post.bias += (post.weight[:, :, 0, 0] @ shift)
+    assert quant.bias is not None
+    assert post.bias is not None
+    post.bias += post.weight[:, :, 0, 0] @ shift
     post.weight /= gain.view(1, -1, 1, 1)
     quant.weight[:z] *= gain.view(-1, 1, 1, 1)
     quant.bias[:z] = (quant.bias[:z] - shift) * gain
     quant.bias[z:] += 2 * gain.log()
 
 
-def fresh(module: nn.Module) -> nn.Module:
+def fresh(module: M) -> M:
     """Ready for training: channels-last memory, gradients on."""
     return module.to(memory_format=torch.channels_last).requires_grad_(True).train()

@@ -31,9 +31,8 @@ class CompactEmbedding(nn.Module):
 def _homes(model: SDXL) -> Iterable[nn.Module]:
     """The modules that have a ``token_embedding``."""
     for embedder in model.conditioner.embedders:
-        tower = embedder.transformer.text_model.embeddings if isinstance(embedder, ClipLEmbedder) else embedder.model
-        assert isinstance(tower, nn.Module)
-        yield tower
+        clip_l = isinstance(embedder, ClipLEmbedder)
+        yield embedder.get_submodule("transformer.text_model.embeddings" if clip_l else "model")
 
 
 def compact(model: SDXL, ids: Tensor) -> None:
@@ -44,8 +43,7 @@ def compact(model: SDXL, ids: Tensor) -> None:
         ids: sorted token ids [n].
     """
     for home in _homes(model):
-        table = home.token_embedding.weight
-        assert isinstance(table, Tensor)
+        table = home.get_parameter("token_embedding.weight")
         home.token_embedding = CompactEmbedding(table.detach(), ids)
     model.known_token_ids = frozenset(ids.tolist())
 
