@@ -121,7 +121,7 @@ def plan_refinement(request: RefineRequest, size: Size) -> Plan:
 def steps_above(schedule: NoiseSchedule, sigmas: Tensor, switch_at: float) -> int:
     """How many steps begin at or above the timestep where the refiner takes over.
 
-    The cut is by timestep, not by step (field.md section 1.4): 0.8 leaves it the 200 levels it was trained on,
+    The cut is by timestep, not by step: 0.8 leaves it the 200 levels it was trained on,
     on any grid.
     """
     cut = round(len(schedule.sigmas) * (1 - switch_at))
