@@ -65,12 +65,28 @@ def _ended(sigmas: Tensor) -> Tensor:
     return torch.cat([sigmas.float(), torch.zeros(1)])
 
 
+def _size(schedule: NoiseSchedule, n: int) -> int:
+    """The number of noise levels, of which a grid that only picks cannot pick more."""
+    size = len(schedule.sigmas)
+    if n > size:
+        raise UsageError(
+            f"--steps {n}: this scheduler picks among {size} noise levels; "
+            f"give --steps {size} or fewer, or --scheduler karras"
+        )
+    return size
+
+
 def sgm(schedule: NoiseSchedule, n: int) -> Tensor:
     """The original's grid: indices int(linspace(999, 0, n, endpoint excluded)); for n = 10: 999, 899 … 99."""
-    last = len(schedule.sigmas) - 1
+    last = _size(schedule, n) - 1
     # numpy.linspace's arithmetic, start + i · step, so that every index truncates as the original's does
     indices = last + torch.arange(n, dtype=torch.float64) * (-last / n)
     return _ended(schedule.sigmas[indices.long()])
+
+
+def sgm_uniform(schedule: NoiseSchedule, n: int) -> Tensor:
+    """The same without truncating: 999, 899.1 … 99.9 (A1111 and ComfyUI "SGM Uniform")."""
+    return _ended(schedule.at(torch.linspace(len(schedule.sigmas) - 1, 0, n + 1, dtype=torch.float64)[:-1]))
 
 
 def normal(schedule: NoiseSchedule, n: int) -> Tensor:
@@ -79,17 +95,22 @@ def normal(schedule: NoiseSchedule, n: int) -> Tensor:
 
 
 def trailing(schedule: NoiseSchedule, n: int) -> Tensor:
-    """Indices round(1000 - 1000 i / n) - 1 (diffusers "trailing", ComfyUI "sgm_uniform")."""
-    size = len(schedule.sigmas)
-    steps = torch.arange(n, dtype=torch.float64)
-    return _ended(schedule.sigmas[torch.round(size - steps * size / n).long() - 1])
+    """Indices round(1000 - 1000 i / n) - 1 (diffusers "trailing")."""
+    size = _size(schedule, n)
+    # numpy.arange's arithmetic: where n is a multiple of 16, halves round as they do there
+    step = (size - size / n) - size
+    indices = size + torch.arange(n, dtype=torch.float64) * step
+    return _ended(schedule.sigmas[torch.round(indices).long() - 1])
 
 
 def leading(schedule: NoiseSchedule, n: int) -> Tensor:
-    """Indices (n - 1 - i) · (1000 // n) + 1: the released scheduler_config (diffusers "leading", offset 1)."""
-    size = len(schedule.sigmas)
-    indices = torch.arange(n - 1, -1, -1) * (size // n) + 1
-    return _ended(schedule.sigmas[indices.clamp(max=size - 1)])
+    """Indices (n - 1 - i) · (1000 // n) + 1: the released scheduler_config (diffusers "leading", offset 1).
+
+    The offset is left out where it would lead past the last level, which is at n = 1000 only.
+    """
+    size = _size(schedule, n)
+    indices = torch.arange(n - 1, -1, -1) * (size // n)
+    return _ended(schedule.sigmas[indices + min(1, size - 1 - int(indices[0]))])
 
 
 def karras(schedule: NoiseSchedule, n: int) -> Tensor:
@@ -108,6 +129,7 @@ def exponential(schedule: NoiseSchedule, n: int) -> Tensor:
 
 GRIDS: dict[str, Grid] = {
     "sgm": sgm,
+    "sgm_uniform": sgm_uniform,
     "normal": normal,
     "trailing": trailing,
     "leading": leading,
@@ -116,7 +138,7 @@ GRIDS: dict[str, Grid] = {
 }
 """Grids by name, as ``--scheduler`` takes them."""
 
-ALIASES = {"sgm_uniform": "trailing", "uniform": "normal", "discrete": "normal"}
+ALIASES = {"uniform": "normal", "discrete": "normal"}
 
 
 def resolve(name: str) -> Grid:
