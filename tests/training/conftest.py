@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from sdxl_cli.model.config import CONFIGS
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.growing import initialize
-from sdxl_cli.training.unet_run import UNetRequest
-from tests.training.small import SMALL, SMALL_REFINER, unet_config
+from sdxl_cli.training.unet_run import UNetRequest, train_unet
+from sdxl_cli.training.vae_run import VAERequest, train_vae
+from tests.training.files import Train
+from tests.training.small import SMALL, SMALL_REFINER, unet_config, vae_config
 
 COLOURS = {"red": (220, 40, 30), "green": (40, 180, 60), "blue": (40, 60, 210), "yellow": (230, 210, 40)}
 
@@ -96,6 +99,25 @@ def request_(manifest: Path, vae_file: Path, latents: Path, tmp_path: Path) -> U
         vae=str(vae_file),
         cache=latents,
     )
+
+
+@pytest.fixture
+def vae_request(manifest: Path, tmp_path: Path) -> VAERequest:
+    return VAERequest(data=(manifest,), output=tmp_path / "run", config=vae_config())
+
+
+@pytest.fixture(params=["vae", "unet"])
+def train(request: pytest.FixtureRequest, vae_request: VAERequest, request_: UNetRequest) -> Train:
+    def run(folder: Path, steps: int, resume: bool) -> Path:
+        # the falling end of the rate depends on the number of steps; both halves must have the same
+        asked: Any = vae_request if request.param == "vae" else request_
+        make: Any = vae_config if request.param == "vae" else unet_config
+        optimizer = replace(asked.config.loop.optimizer, decay_steps=0)
+        config = make(max_steps=steps, optimizer=optimizer)
+        asked = replace(asked, output=folder, config=config, resume=resume)
+        return (train_vae if request.param == "vae" else train_unet)(asked).path
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,143 @@
+"""Runs that must not begin."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_cli import cli
+from sdxl_cli.checkpoint.write import save_model, save_vae
+from sdxl_cli.errors import FileError, SdxlError, UsageError
+from sdxl_cli.generation.prompt import Tokenizer
+from sdxl_cli.model.sdxl import SDXL
+from sdxl_cli.model.vae import Autoencoder
+from sdxl_cli.training.unet_run import UNetRequest, train_unet
+from sdxl_cli.training.vae_run import VAERequest, train_vae
+from tests.training.files import Train
+from tests.training.small import SMALL, unet_config, vae_config
+
+
+def test_a_used_folder_is_not_trained_into_again(train: Train, tmp_path: Path) -> None:
+    train(tmp_path / "run", 1, False)
+    with pytest.raises(UsageError, match="has a run in it; add --resume"):
+        train(tmp_path / "run", 2, False)
+
+
+def test_nothing_can_be_resumed_where_nothing_was_run(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no run to resume"):
+        train(tmp_path / "run", 2, True)
+
+
+def test_a_state_of_other_sizes_is_refused(request_: UNetRequest, vae_request: VAERequest) -> None:
+    train_unet(request_)
+    with pytest.raises(FileError, match=r"another run.*task changed"):
+        train_vae(replace(vae_request, output=request_.output, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"prediction": "v"}, "prediction"), ({"train_text_encoders": False}, "token_ids")],
+)
+def test_a_state_of_another_kind_of_run_is_refused(
+    change: dict[str, Any], named: str, request_: UNetRequest, base_file: Path
+) -> None:
+    request_ = replace(request_, init=None if named == "prediction" else str(base_file))
+    if named == "token_ids":
+        knows = request_.output.parent / "knows.safetensors"
+        words = sorted({*Tokenizer.default().encode("a red disc"), 0, 49406, 49407})
+        save_model(knows, SDXL(SMALL), SMALL, keep_token_ids=words)
+        request_ = replace(request_, init=str(knows))
+    train_unet(replace(request_, config=unet_config(max_steps=1)))
+    with pytest.raises(FileError, match=f"another run .*{named}"):
+        train_unet(replace(request_, config=unet_config(**change), resume=True))
+
+
+def test_other_captions_are_another_vocabulary(request_: UNetRequest, pictures: Path, tmp_path: Path) -> None:
+    """The same number of words in another meaning must not be taken for the same table."""
+    train_unet(replace(request_, config=unet_config(max_steps=1)))
+    root = tmp_path / "pictures"
+    shutil.copytree(pictures, root)
+    table = root / "metadata.jsonl"
+    table.write_text(table.read_text().replace("disc", "ring"))
+    (tmp_path / "b.toml").write_text("[buckets]\nsizes = [[64, 64], [40, 80]]\n")
+    other = tmp_path / "other.parquet"
+    assert cli.run(["bucket-dataset", str(root), "--preset", str(tmp_path / "b.toml"), "-o", str(other)]) == 0
+    with pytest.raises(FileError, match="token_ids changed"):
+        train_unet(replace(request_, data=other, resume=True))
+
+
+def test_a_damaged_state_is_named(train: Train, tmp_path: Path) -> None:
+    train(tmp_path / "run", 1, False)
+    path = tmp_path / "run" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(FileError, match=r"state\.safetensors"):
+        train(tmp_path / "run", 2, True)
+
+
+def refusal(request: UNetRequest, error: type[SdxlError], text: str) -> None:
+    with pytest.raises(error, match=text):
+        train_unet(request)
+    assert not (request.output / "state.safetensors").exists()
+    assert not (request.output / "latents").exists(), "refused before pictures were encoded"
+
+
+def test_pictures_without_captions_are_refused(request_: UNetRequest, pictures: Path, tmp_path: Path) -> None:
+    root = tmp_path / "bare"
+    root.mkdir()
+    for path in pictures.glob("*.png"):
+        (root / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "b.toml").write_text("[buckets]\nsizes = [[64, 64], [40, 80]]\n")
+    bare = tmp_path / "bare.parquet"
+    assert cli.run(["bucket-dataset", str(root), "--preset", str(tmp_path / "b.toml"), "-o", str(bare)]) == 0
+    refusal(replace(request_, data=bare, cache=None), UsageError, r"7 of 7 pictures have no caption, 0\.png")
+
+
+def test_frozen_random_text_encoders_are_refused(request_: UNetRequest) -> None:
+    config = unet_config(train_text_encoders=False)
+    refusal(replace(request_, config=config, cache=None), UsageError, "random and frozen; give --init")
+
+
+def test_unknown_models_are_refused_with_the_nearest_name(
+    request_: UNetRequest, vae_request: VAERequest
+) -> None:
+    refusal(
+        replace(request_, config=unet_config(model="smal"), cache=None),
+        UsageError,
+        "'smal'; did you mean small",
+    )
+    with pytest.raises(UsageError, match="did you mean small"):
+        train_vae(replace(vae_request, config=vae_config(model="smal")))
+
+
+def test_a_missing_autoencoder_is_asked_for(request_: UNetRequest) -> None:
+    refusal(replace(request_, vae=None, cache=None), UsageError, "give --vae FILE")
+
+
+def test_an_autoencoder_with_other_latents_is_refused(request_: UNetRequest, tmp_path: Path) -> None:
+    config = replace(SMALL.vae, z_channels=8)
+    save_vae(tmp_path / "wide.safetensors", Autoencoder(config), config)
+    refusal(
+        replace(request_, vae=str(tmp_path / "wide.safetensors"), cache=None), UsageError, "8 latent channels"
+    )
+
+
+def test_text_encoders_of_another_size_are_refused(request_: UNetRequest, tmp_path: Path) -> None:
+    wide = replace(SMALL.big_g, embed_dim=48)
+    unet = replace(SMALL.unet, adm_in_channels=SMALL.unet.adm_in_channels + 24)
+    config = replace(SMALL, big_g=wide, unet=unet)
+    save_model(tmp_path / "other.safetensors", SDXL(config), config)
+    refusal(
+        replace(request_, text_from=str(tmp_path / "other.safetensors"), cache=None),
+        UsageError,
+        "has not the text encoders",
+    )
+
+
+def test_crops_larger_than_every_picture_are_refused(vae_request: VAERequest) -> None:
+    config = vae_config(crop_sizes=(128,), crop_weights=(1.0,))
+    with pytest.raises(UsageError, match="no kept picture is 128 pixels"):
+        train_vae(replace(vae_request, config=config))
