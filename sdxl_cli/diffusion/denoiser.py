@@ -59,7 +59,8 @@ class Denoiser:
             Denoised latents, fp32 [B, C, h, w].
         """
         index = self.schedule.index_of(sigma)
-        level = self.schedule.sigmas[index].to(x.device)
+        # stays on the CPU, as a scalar operand: copied over, every step would wait for the device
+        level = self.schedule.sigmas[index]
         indices = torch.full((len(x),), index, dtype=torch.long, device=x.device)
         scaled = (x * input_scale(level)).to(crossattn.dtype)
         output = self.network(scaled, indices, crossattn, vector).to(x.dtype)
