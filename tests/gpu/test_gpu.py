@@ -1,0 +1,259 @@
+"""What only a CUDA device can show. Run with ``-m gpu``; the numbers are printed with ``-rP``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from sdxl_kernels.attention import attention, cuda_backends
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sdxl_cli.diffusion.denoiser import Denoiser
+from sdxl_cli.diffusion.guidance import Guided
+from sdxl_cli.diffusion.noise import NoiseStreams
+from sdxl_cli.diffusion.samplers import SAMPLERS
+from sdxl_cli.diffusion.schedule import GRIDS, NoiseSchedule
+from sdxl_cli.model import config as sizes
+from sdxl_cli.model.config import ModelConfig
+from sdxl_cli.model.text import ClipLEmbedder, OpenClipEmbedder
+from sdxl_cli.model.unet import UNet
+from sdxl_cli.model.vae import Autoencoder
+from tests.model.peers import BASE, BIG_G, CLIP_L, REFINER, randomize
+
+DEVICE = torch.device("cuda")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+CEILINGS = {torch.float32: 0.002, torch.float16: 0.005, torch.bfloat16: 0.035}
+"""Root mean square error in units of the output's deviation: rounding, with room. Single includes TF32."""
+
+Inputs = tuple[Tensor, ...]
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.float().cpu() - exact).square().mean().sqrt() / exact.std())
+
+
+def moved(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return tuple(x.to(DEVICE, dtype if x.is_floating_point() else None) for x in inputs)
+
+
+def unet_inputs(config: ModelConfig, batch: int = 2, size: tuple[int, int] = (16, 12)) -> Inputs:
+    return (
+        torch.randn(batch, 4, *size),
+        torch.tensor([999, 300])[:batch],
+        torch.randn(batch, 77, config.unet.context_dim),
+        torch.randn(batch, config.unet.adm_in_channels),
+    )
+
+
+def token_ids() -> Tensor:
+    ids = torch.randint(1, 118, (2, 77))
+    ids[:, 0], ids[0, 9], ids[1, 40] = 118, 119, 119
+    return ids
+
+
+class Encode(nn.Module):
+    """An autoencoder, the other way."""
+
+    def __init__(self, vae: Autoencoder) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.vae.encode(image).mean
+
+
+class Decode(Encode):
+    def forward(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z)
+
+
+class Pooled(nn.Module):
+    def __init__(self, tower: OpenClipEmbedder) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.cat([part.flatten(1) for part in self.tower(ids)], dim=1)
+
+
+def spread(network: nn.Module) -> nn.Module:
+    """Weights that keep variance about 1: with torch's own an autoencoder's output is nearly constant."""
+    return randomize(network, stream=1.0)
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
+    "base U-Net": lambda: (UNet(BASE.unet), unet_inputs(BASE)),
+    "refiner U-Net": lambda: (UNet(REFINER.unet), unet_inputs(REFINER)),
+    "encoder": lambda: (spread(Encode(Autoencoder(BASE.vae))), (torch.rand(2, 3, 64, 96) * 2 - 1,)),
+    "decoder": lambda: (spread(Decode(Autoencoder(BASE.vae))), (torch.randn(2, 4, 8, 12),)),
+    "CLIP-L": lambda: (spread(ClipLEmbedder(CLIP_L)), (token_ids(),)),
+    "bigG": lambda: (spread(Pooled(OpenClipEmbedder(BIG_G))), (token_ids(),)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", CEILINGS, ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_in_every_precision(name: str, dtype: torch.dtype) -> None:
+    """Against single precision on the CPU, which is compared with other implementations elsewhere."""
+    torch.manual_seed(0)
+    network, inputs = NETWORKS[name]()
+    expected = network.eval()(*inputs)
+    found = error(copy.deepcopy(network).to(DEVICE, dtype)(*moved(inputs, dtype)), expected)
+    print(f"{name}, {dtype}: {found:.2%}")
+    assert found < CEILINGS[dtype]
+
+
+SHAPES = {
+    "self-attention at 1024², 640 wide": (2, 10, 4096, 4096, 64),
+    "self-attention at 1024², 1280 wide": (2, 20, 1024, 1024, 64),
+    "self-attention of an odd size": (2, 10, 3003, 3003, 64),
+    "a text": (2, 10, 4096, 77, 64),
+    "two chunks of text": (2, 20, 1024, 154, 64),
+    "the VAE at 1024²": (1, 1, 16384, 16384, 512),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", CEILINGS, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_first_kernel_offered_takes_the_problem(name: str, dtype: torch.dtype) -> None:
+    """And gives the formula's result, without ever holding the scores of a large problem."""
+    torch.manual_seed(0)
+    batch, heads, queries, keys, width = SHAPES[name]
+    q = torch.randn(batch, heads, queries, width, device=DEVICE).to(dtype)
+    k, v = (torch.randn(batch, heads, keys, width, device=DEVICE).to(dtype) for _ in range(2))
+    first = cuda_backends(q, k)[0]
+    assert first != SDPBackend.MATH
+    with sdpa_kernel([first]):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = attention(q, k, v)
+    torch.cuda.synchronize()
+    taken = torch.cuda.max_memory_allocated() - before
+    some = q[:, :, :64].double()
+    scores = (some @ k.double().transpose(-1, -2) / width**0.5).softmax(-1)
+    found = error(out[:, :, :64].double(), (scores @ v.double()).float().cpu())
+    print(f"{name}, {dtype}: {first}, error {found:.2%}, {taken >> 20} MiB")
+    assert found < CEILINGS[dtype]
+    if queries * keys >= 4096**2:
+        scores_of_all = batch * heads * queries * keys * out.element_size()
+        assert taken < scores_of_all / 4
+
+
+def guided(unet: UNet, dtype: torch.dtype, device: torch.device, batch: int = 2) -> Guided:
+    torch.manual_seed(1)
+    text = [torch.randn(batch, 77, BASE.unet.context_dim).to(device, dtype) for _ in range(2)]
+    vectors = [torch.randn(batch, BASE.unet.adm_in_channels).to(device, dtype) for _ in range(2)]
+    denoiser = Denoiser(unet.to(device, dtype), NoiseSchedule())
+    return Guided(denoiser, (text[0], text[1]), (vectors[0], vectors[1]), 5.0)
+
+
+def run(sampler: str, guide: Guided, steps: int, device: torch.device) -> Tensor:
+    sigmas = GRIDS["sgm"](NoiseSchedule(), steps)
+    x = NoiseStreams([1, 2]).next((4, 16, 12)) * (1 + sigmas[0] ** 2).sqrt()
+    *_, end = SAMPLERS[sampler].steps(guide, x.to(device), sigmas, torch.randn_like)
+    return end
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Inside, whatever makes the CPU wait for the device is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_denoising_loop_never_waits_for_the_device(sampler: str) -> None:
+    torch.manual_seed(0)
+    guide = guided(UNet(BASE.unet).eval(), torch.bfloat16, DEVICE)
+    sigmas = GRIDS["sgm"](NoiseSchedule(), 3)
+    x = torch.randn(2, 4, 16, 12, device=DEVICE) * float(sigmas[0])
+    list(SAMPLERS[sampler].steps(guide, x, sigmas, torch.randn_like))  # libraries are loaded
+    with no_waiting():
+        path = list(SAMPLERS[sampler].steps(guide, x, sigmas, torch.randn_like))
+    assert torch.isfinite(path[-1]).all()
+
+
+def test_waiting_would_be_noticed() -> None:
+    value = torch.ones((), device=DEVICE)
+    with pytest.raises(RuntimeError), no_waiting():
+        value.item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_seed_is_the_same_picture_on_both_devices(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    unet = UNet(BASE.unet).eval()
+    on_cpu = run(
+        sampler, guided(copy.deepcopy(unet), torch.float32, torch.device("cpu")), 6, torch.device("cpu")
+    )
+    on_gpu = run(sampler, guided(unet, torch.float32, DEVICE), 6, DEVICE)
+    found = error(on_gpu, on_cpu)
+    print(f"{sampler}: {found:.1e}")
+    assert found < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_replayed_graph_computes_what_eager_computes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    unet = UNet(BASE.unet).eval().to(DEVICE, dtype)
+    static, fresh = (moved(unet_inputs(BASE), dtype) for _ in range(2))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            unet(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = unet(*static)
+    for place, value in zip(static, fresh, strict=True):
+        place.copy_(value)
+    graph.replay()
+    eager = unet(*fresh).float().cpu()
+    found = error(out, eager)
+    print(f"graph, {dtype}: {found:.1e}, the same bits: {torch.equal(out.float().cpu(), eager)}")
+    assert found < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [1024, 2048])
+def test_the_released_autoencoder_in_bfloat16(side: int) -> None:
+    """Its size, with random weights; against single precision on the same device."""
+    if torch.cuda.get_device_properties(DEVICE).total_memory < side * 20 << 20:
+        pytest.skip(f"needs about {side * 20 >> 10} GiB")
+    torch.manual_seed(0)
+    vae: Any = spread(Autoencoder(sizes.BASE.vae)).to(DEVICE)
+    image = torch.rand(1, 3, side, side, device=DEVICE) * 2 - 1
+    z = torch.randn(1, 4, side // 8, side // 8, device=DEVICE)
+    mean, decoded = vae.encode(image).mean.cpu(), vae.decode(z).cpu()
+    vae = vae.to(torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    errors = (
+        error(vae.encode(image.to(torch.bfloat16)).mean, mean),
+        error(vae.decode(z.to(torch.bfloat16)), decoded),
+    )
+    peak = torch.cuda.max_memory_allocated() >> 20
+    print(f"VAE bf16 {side}²: mean {errors[0]:.2%}, image {errors[1]:.2%}, peak {peak} MiB")
+    assert max(errors) < CEILINGS[torch.bfloat16]
