@@ -22,6 +22,14 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _PREFIX = "latents-"
 
+MAKER_KEY = "sdxl.latents"
+"""Metadata of a shard: what its items were made with, as JSON."""
+
+
+def shards(folder: Path) -> list[Path]:
+    """The shards in a folder, by name."""
+    return sorted(folder.glob(f"{_PREFIX}*.safetensors"))
+
 
 class LatentCache:
     """A folder of shards. An item is known by what made it; whatever changes that makes it another item.
@@ -47,7 +55,7 @@ class LatentCache:
         self._maker = json.dumps([vae_hash, str(dtype), asdict(hygiene)])
         self._shards: list[TensorFile] = []
         self._where: dict[str, TensorFile] = {}
-        for path in sorted(folder.glob(f"{_PREFIX}*.safetensors")):
+        for path in shards(folder):
             self._open(path)
 
     def key(self, row: Row) -> str:
@@ -120,7 +128,7 @@ class LatentCache:
         # Named by its content: two processes filling one folder do not meet.
         name = hashlib.sha256("".join(sorted(items)).encode()).hexdigest()[:16]
         path = self.folder / f"{_PREFIX}{name}.safetensors"
-        save_tensors(path, {key: item.clone() for key, item in items.items()}, {"sdxl.latents": self._maker})
+        save_tensors(path, {key: item.clone() for key, item in items.items()}, {MAKER_KEY: self._maker})
         self._open(path)
         return {}
 
