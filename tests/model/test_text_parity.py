@@ -118,7 +118,7 @@ def test_clip_l_computes_what_open_clip_computes(clip_l: ClipL) -> None:
 
 @torch.no_grad()
 def test_clip_l_features_have_no_final_norm(clip_l: ClipL) -> None:
-    norm = clip_l.theirs.final_layer_norm
+    norm = getattr(clip_l.theirs, "text_model", clip_l.theirs).final_layer_norm
     states = clip_l.theirs(IDS_L, output_hidden_states=True).hidden_states
     assert relative(clip_l.network(IDS_L), norm(states[-2])) > VISIBLE
 
@@ -136,6 +136,8 @@ def test_big_g_computes_what_transformers_computes(big_g: BigG) -> None:
     errors = relative(penultimate, out.hidden_states[-2]), relative(pooled, out.text_embeds)
     print(f"bigG and transformers: penultimate {errors[0]:.1e}, pooled {errors[1]:.1e}")
     assert max(errors) < BOUND
+    normed = big_g.network.model.ln_final(penultimate)
+    assert relative(normed, out.hidden_states[-2]) > VISIBLE
 
 
 @torch.no_grad()
