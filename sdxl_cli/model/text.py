@@ -86,3 +86,20 @@ class OpenClipEmbedder(nn.Module):
         end = ids.argmax(dim=-1)
         pooled = final[torch.arange(len(ids), device=ids.device), end] @ model.text_projection
         return x, pooled
+
+
+TOKEN_STD, POSITION_STD = 0.5, 0.1
+
+
+@torch.no_grad()
+def initialize(embedder: ClipLEmbedder | OpenClipEmbedder) -> None:
+    """Starting values for training along with a U-Net.
+
+    The U-Net reads the penultimate layer without a norm. CLIP's own starting values, 0.02, would make its
+    cross-attention begin with almost nothing to tell prompts apart by.
+    """
+    for name, parameter in embedder.named_parameters():
+        if name.endswith("token_embedding.weight"):
+            nn.init.normal_(parameter, std=TOKEN_STD)
+        elif name.endswith(("position_embedding.weight", "positional_embedding")):
+            nn.init.normal_(parameter, std=POSITION_STD)
