@@ -25,6 +25,10 @@ class OptimizerConfig:
     decay_steps: int = 0
     """The last steps of the run, over which the rate falls linearly to 0; 0 keeps it constant."""
 
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise UsageError(f"learning_rate is {self.learning_rate}; it must be above 0")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
@@ -46,6 +50,8 @@ class LoopConfig:
         for name in ("max_steps", "batch_size", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"ema_decay is {self.ema_decay}; it must be below 1, or 0 for off")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +75,8 @@ class VAETrainConfig:
     levels: int = 0
     """Build only the first levels of that configuration, to grow the rest later; 0 builds all."""
     normalize_latents: bool = True
-    """At the end, give every latent channel mean 0 and, times the scale factor, deviation 1."""
+    """At the end, give every latent channel mean 0 and, times the scale factor, deviation 1. An autoencoder whose
+    training goes on from a file keeps its latents: there may be U-Nets that know them."""
     crop_sizes: tuple[int, ...] = (256,)
     """Each step trains on random crops of one of these sides, in pixels, drawn in proportion to
     ``crop_weights``."""
@@ -115,3 +122,7 @@ class UNetTrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.timestep_min <= self.timestep_max <= 999:
             raise UsageError(f"timesteps {self.timestep_min} … {self.timestep_max} are not within 0 … 999")
+        if not 0 <= self.text_dropout <= 1:
+            raise UsageError(f"text_dropout is {self.text_dropout}; it is a chance, 0 … 1")
+        if self.min_snr_gamma < 0:
+            raise UsageError(f"min_snr_gamma is {self.min_snr_gamma}; it must be positive, or 0 for off")

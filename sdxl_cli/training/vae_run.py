@@ -48,12 +48,12 @@ class VAEResult:
     steps: int
     loss: float
     latent_mean: list[float]
-    """Per channel, of unscaled latents, before they were normalised."""
+    """Per channel, of unscaled latents, before normalisation."""
     latent_std: list[float]
 
 
 def train_vae(request: VAERequest) -> VAEResult:
-    """Train, average, normalise the latents of a model built from nothing, and write the result.
+    """Train, average, normalise the latents of a new autoencoder, and write the result.
 
     Raises:
         UsageError, FileError: the request does not fit together.
@@ -65,7 +65,8 @@ def train_vae(request: VAERequest) -> VAEResult:
     images = ManifestImages(large_enough(rows, max(config.crop_sizes)))
     prepare(request.output, config, resume=request.resume)
     torch.manual_seed(config.loop.seed)
-    vae = fresh(build(config, request.init))
+    vae, is_new = build(config, request.init)
+    vae = fresh(vae)
     run = Run(
         VAETask(vae, images, config), config.loop, request.output, {"task": "vae", **asdict(vae.config)}
     )
@@ -76,7 +77,7 @@ def train_vae(request: VAERequest) -> VAEResult:
     vae.eval().requires_grad_(False)
     sample = [images[i] for i in range(0, len(images), max(1, len(images) // STATISTICS_IMAGES))]
     mean, std = latent_statistics(vae, sample)
-    if config.normalize_latents:
+    if config.normalize_latents and is_new:
         normalize_latents(vae, mean, std)
     path = request.output / RESULT
     save_vae(path, vae, vae.config)
@@ -95,23 +96,25 @@ def large_enough(rows: Sequence[tuple[Manifest, Row]], side: int) -> list[tuple[
     return fitting
 
 
-def build(config: VAETrainConfig, init: str | None) -> Autoencoder:
-    """The autoencoder to train: from nothing, from a file, or grown from a smaller one."""
+def build(config: VAETrainConfig, init: str | None) -> tuple[Autoencoder, bool]:
+    """The autoencoder to train, from nothing, from a file or grown from a smaller one; and whether it is a new one,
+    whose latents no U-Net knows yet.
+    """
     wanted = vae_config(config.model)
     if config.levels:
         wanted = replace(wanted, channel_mult=wanted.channel_mult[: config.levels])
     vae = Autoencoder(wanted)
     if init is None:
         initialize(vae)
-        return vae
+        return vae, True
     files = locate(init, "vae")
     start = load_vae(files, dtype=torch.float32)
     if start.config.channel_mult == wanted.channel_mult:
-        return start
+        return start, False
     initialize(vae)
     grow(vae, start.state_dict(), start.config)
     console().note(f"grown from {len(start.config.channel_mult)} levels to {len(wanted.channel_mult)}")
-    return vae
+    return vae, True
 
 
 def vae_config(name: str) -> VAEConfig:

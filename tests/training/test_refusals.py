@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,20 @@ def test_crops_larger_than_every_picture_are_refused(vae_request: VAERequest) ->
     config = vae_config(crop_sizes=(128,), crop_weights=(1.0,))
     with pytest.raises(UsageError, match="no kept picture is 128 pixels"):
         train_vae(replace(vae_request, config=config))
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (unet_config, {"text_dropout": 1.5}),
+        (unet_config, {"min_snr_gamma": -1.0}),
+        (unet_config, {"timestep_max": 1000}),
+        (unet_config, {"ema_decay": 1.0}),
+        (unet_config, {"batch_size": 0}),
+        (vae_config, {"crop_sizes": (30, 40)}),
+        (vae_config, {"crop_weights": (1.0,)}),
+    ],
+)
+def test_values_without_meaning_are_refused(make: Callable[..., Any], change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        make(**change)

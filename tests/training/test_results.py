@@ -27,7 +27,7 @@ from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.presets import load
 from sdxl_cli.training import vae_run
-from sdxl_cli.training.config import UNetTrainConfig
+from sdxl_cli.training.config import OptimizerConfig, UNetTrainConfig
 from sdxl_cli.training.images import ManifestImages
 from sdxl_cli.training.state import load_state
 from sdxl_cli.training.unet_run import UNetRequest, train_unet
@@ -193,6 +193,15 @@ def test_an_autoencoder_grows_from_a_file(vae_request: VAERequest, tmp_path: Pat
     assert locate(str(small.path), "vae").config.vae.channel_mult == (1, 1, 2)
     grown = train_vae(replace(vae_request, init=str(small.path)))
     assert locate(str(grown.path), "vae").config.vae == SMALL.vae
+
+
+def test_an_autoencoder_that_is_trained_on_keeps_its_latents(vae_request: VAERequest, vae_file: Path) -> None:
+    """Normalising them would make every U-Net that knows them useless."""
+    config = vae_config(max_steps=1, optimizer=OptimizerConfig(learning_rate=1e-9))
+    result = train_vae(replace(vae_request, init=str(vae_file), config=config))
+    before, after = tensors(vae_file), tensors(result.path)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_pictures_kept_in_memory_are_those_of_the_files(manifest: Path) -> None:
