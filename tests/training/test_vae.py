@@ -192,18 +192,18 @@ def test_a_step_depends_on_its_generator_alone() -> None:
 @pytest.mark.slow
 def test_a_small_autoencoder_learns_four_pictures_by_heart(tmp_path: Path) -> None:
     config = vae_config(
-        crop_sizes=(32,),
+        crop_sizes=(16,),
         crop_weights=(1.0,),
         pixels_per_step=0,
         batch_size=4,
-        max_steps=250,
+        max_steps=170,
         ema_decay=0.0,
-        optimizer=OptimizerConfig(learning_rate=6e-3, betas=(0.9, 0.99), decay_steps=125, warmup_steps=10),
+        optimizer=OptimizerConfig(learning_rate=6e-3, betas=(0.9, 0.99), decay_steps=85, warmup_steps=10),
     )
     torch.manual_seed(0)
     vae = Autoencoder(replace(F4, channels=16))
     initialize(vae)
-    pictures = images(4, 32)
+    pictures = images(4, 16)
     Run(VAETask(fresh(vae), list(pictures), config), config.loop, tmp_path, {}).train()
     with torch.no_grad():
         error = (vae.decode(vae.encode(pictures).mode()).clamp(-1, 1) - pictures).square().mean((1, 2, 3))
