@@ -92,8 +92,8 @@ TOKEN_STD, POSITION_STD = 0.5, 0.1
 
 
 @torch.no_grad()
-def initialize(embedder: ClipLEmbedder | OpenClipEmbedder) -> None:
-    """Starting values for training along with a U-Net.
+def initialize(embedder: nn.Module) -> None:
+    """Starting values of a text encoder for training along with a U-Net.
 
     The U-Net reads the penultimate layer without a norm. CLIP's own starting values, 0.02, would make its
     cross-attention begin with almost nothing to tell prompts apart by.

@@ -19,9 +19,9 @@ from sdxl_cli.data.loader import BatchLoader, read_image
 from sdxl_cli.data.manifest import Manifest, read_manifest
 from sdxl_cli.errors import UsageError, unknown
 from sdxl_cli.generation.prompt import PAD_BIG_G, PAD_CLIP_L, Tokenizer
+from sdxl_cli.model import text, unet
 from sdxl_cli.model.config import CONFIGS, ModelConfig
 from sdxl_cli.model.sdxl import SDXL, Part
-from sdxl_cli.model.unet import initialize
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.config import UNetTrainConfig
 from sdxl_cli.training.folder import prepare
@@ -80,7 +80,7 @@ def train_unet(request: UNetRequest) -> UNetResult:
     cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
     loader = BatchLoader(manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache)
     task = UNetTask(model, loader, _Tokens(Tokenizer.default()), config)
-    run = Run(task, config.loop, request.output, _record(model, config, ids))
+    run = Run(task, config.loop, request.output, _record(model, vae, config, ids))
     if request.resume:
         run.resume()
     run.train()
@@ -89,11 +89,12 @@ def train_unet(request: UNetRequest) -> UNetResult:
     return UNetResult(path, run.progress.step, run.progress.loss)
 
 
-def _record(model: SDXL, config: UNetTrainConfig, ids: Tensor | None) -> dict[str, object]:
+def _record(model: SDXL, vae: Autoencoder, config: UNetTrainConfig, ids: Tensor | None) -> dict[str, object]:
     """What a run must be to go on with a state."""
     return {
         "task": "unet",
         **asdict(model.config),
+        "vae_weights": weights_hash(vae.state_dict()),
         "prediction": config.prediction,
         "token_ids": None if ids is None else ids.tolist(),
     }
@@ -147,7 +148,9 @@ def _model(request: UNetRequest, vae: Autoencoder) -> SDXL:
         model = _load(request.init, ("unet", "text"))
     elif request.text_from or config.train_text_encoders:
         model = SDXL(named(config.model), ("unet", "text"))
-        initialize(model.unet)
+        unet.initialize(model.unet)
+        for embedder in model.conditioner.embedders:
+            text.initialize(embedder)
     else:
         raise UsageError(
             "the text encoders would be random and frozen; give --init or --text-from, "

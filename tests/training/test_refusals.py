@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sdxl_cli import cli
 from sdxl_cli.checkpoint.write import save_model, save_vae
@@ -37,6 +38,15 @@ def test_a_state_of_other_sizes_is_refused(request_: UNetRequest, vae_request: V
     train_unet(request_)
     with pytest.raises(FileError, match=r"another run.*task changed"):
         train_vae(replace(vae_request, output=request_.output, resume=True))
+
+
+def test_a_run_does_not_go_on_with_another_autoencoder(request_: UNetRequest, tmp_path: Path) -> None:
+    """Its latents would be another language, of the same shapes."""
+    train_unet(replace(request_, config=unet_config(max_steps=1)))
+    torch.manual_seed(99)
+    save_vae(tmp_path / "other.safetensors", Autoencoder(SMALL.vae), SMALL.vae)
+    with pytest.raises(FileError, match=r"another run .vae_weights changed"):
+        train_unet(replace(request_, vae=str(tmp_path / "other.safetensors"), cache=None, resume=True))
 
 
 @pytest.mark.parametrize(
