@@ -27,3 +27,42 @@ def require_finite(values: Tensor, stage: str, dtype: torch.dtype, flag: str) ->
     else:
         advice = f"try {flag} fp32" if dtype == torch.bfloat16 else f"fp16 overflows: try {flag} bf16 or fp32"
     raise NumericError(f"{stage}: gave NaN or infinity in {str(dtype).removeprefix('torch.')}; {advice}")
+
+
+class FiniteWatch:
+    """Looks at what a network gives at every step, without making an accelerator wait.
+
+    On the CPU a bad step stops the run at once. On an accelerator the answers stay there until :meth:`settle` reads
+    them all, and the first bad one is named.
+    """
+
+    def __init__(self, dtype: torch.dtype, flag: str) -> None:
+        """Arguments as for :func:`require_finite`."""
+        self._dtype, self._flag = dtype, flag
+        self._seen: list[tuple[str, Tensor]] = []
+
+    def see(self, values: Tensor, stage: str) -> None:
+        """Look at the values of a stage.
+
+        Raises:
+            NumericError: they are on the CPU, and one is not finite.
+        """
+        if values.device.type == "cpu":
+            require_finite(values, stage, self._dtype, self._flag)
+        else:
+            self._seen.append((stage, torch.isfinite(values).all()))
+
+    def settle(self) -> None:
+        """Read what an accelerator found.
+
+        Raises:
+            NumericError: a value of a stage was not finite; the text names the first such stage.
+        """
+        if not self._seen:
+            return
+        for (stage, _), fine in zip(
+            self._seen, torch.stack([f for _, f in self._seen]).tolist(), strict=True
+        ):
+            if not fine:
+                require_finite(torch.tensor(float("nan")), stage, self._dtype, self._flag)
+        self._seen.clear()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdxl_cli.diffusion.guidance import Guided
 from sdxl_cli.diffusion.noise import NoiseStreams
-from sdxl_cli.generation.checks import require_finite
+from sdxl_cli.generation.checks import FiniteWatch, require_finite
 from sdxl_cli.generation.device import NAMES, describe
 from sdxl_cli.generation.encode import Prompts, encode_prompts, guided
 from sdxl_cli.generation.metadata import Kind, Record
@@ -167,13 +167,15 @@ class Run:
         who = "refiner" if weights.config.is_refiner else "base"
         self._expert = guided(weights, prompts, plan.framing, plan.request, plan.schedule, len(self.seeds))
         timesteps, label = plan.timesteps, f"{who}, seed {_span(self.seeds)}"
+        watch = FiniteWatch(weights.dtype, "--dtype")
         for latents in report.progress(islice(self._walk, steps), label, total=steps):
             stage = (
                 f"the U-Net of the {who}, step {self._done + 1} of {plan.steps} (t={timesteps[self._done]})"
             )
-            require_finite(latents, stage, weights.dtype, "--dtype")
+            watch.see(latents, stage)
             self.latents = latents
             self._done += 1
+        watch.settle()
         self._expert = None
 
     def _denoise(self, x: Tensor, sigma: float) -> Tensor:

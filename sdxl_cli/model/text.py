@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from open_clip.transformer import TextTransformer
+from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdxl_cli.model.config import TextTowerConfig
 
-_ACTIVATIONS = {"gelu": nn.GELU}
+_ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
 
 class ClipLEmbedder(nn.Module):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_cli.errors import UsageError
+from sdxl_cli.errors import NumericError, UsageError
 from sdxl_cli.generation import device as devices
+from sdxl_cli.generation.checks import FiniteWatch
 from sdxl_cli.generation.device import cpu_has_bf16, pick_device, pick_dtype, pick_vae_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -71,3 +72,20 @@ def test_a_card_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(UsageError, match="torch sees 2 CUDA devices"):
         pick_device("cuda:2")
+
+
+def test_an_accelerator_tells_of_the_first_bad_step_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands in for one: its answers cannot be read while steps go on."""
+    watch = FiniteWatch(torch.float16, "--dtype")
+    for step in range(3):
+        watch.see(torch.zeros(2, device="meta"), f"step {step}")
+    assert [stage for stage, _ in watch._seen] == ["step 0", "step 1", "step 2"]
+    answers = [torch.tensor(step != 1) for step in range(3)]
+    watch._seen = [(stage, answer) for (stage, _), answer in zip(watch._seen, answers, strict=True)]
+    with pytest.raises(NumericError, match=r"^step 1: gave NaN or infinity in float16"):
+        watch.settle()
+
+
+def test_a_cpu_tells_of_a_bad_step_at_once() -> None:
+    with pytest.raises(NumericError, match="step 0"):
+        FiniteWatch(torch.float32, "--dtype").see(torch.tensor([float("inf")]), "step 0")
