@@ -115,6 +115,9 @@ class UNetTrainConfig:
     joint: all together; empty: the caption becomes the empty text, which is what a refiner is guided away from."""
     train_text_encoders: bool = False
     """Train the text encoders along; for models built from nothing."""
+    native_size: int = 0
+    """Side in pixels of the pictures trained on, which generation with the result takes for its default; 0 leaves
+    what the model says."""
     save_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the model file; the state keeps fp32."""
     loop: LoopConfig = field(default_factory=LoopConfig)

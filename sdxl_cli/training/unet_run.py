@@ -253,4 +253,5 @@ def _export(
     state |= {f"first_stage_model.{name}": value for name, value in vae.state_dict().items()}
     known = None if model.known_token_ids is None else sorted(model.known_token_ids)
     dtype = SAVE_DTYPES[config.save_dtype]
-    save_model(path, state, model.config, dtype=dtype, prediction=config.prediction, keep_token_ids=known)
+    made = replace(model.config, native_size=config.native_size or model.config.native_size)
+    save_model(path, state, made, dtype=dtype, prediction=config.prediction, keep_token_ids=known)
