@@ -47,14 +47,23 @@ def distance(one: float, other: float) -> float:
 
 def test_all_files_together_are_small() -> None:
     files = [path for path in BUNDLED.iterdir() if path.is_file()]
-    assert {"base.safetensors", "LICENSES.md"} <= {path.name for path in files}
+    assert {"base.safetensors", "refiner.safetensors", "LICENSES.md"} <= {path.name for path in files}
     assert sum(path.stat().st_size for path in files) <= LARGEST
 
 
-def test_the_bundled_base_is_a_whole_base_model() -> None:
-    files = locate("bundled")
-    assert files.identity.kind == "base"
-    assert files.is_bundled
+def test_the_bundled_models_are_a_base_and_a_refiner_of_the_same_latents() -> None:
+    base, refiner = locate("bundled"), locate("bundled", "refiner")
+    assert (base.identity.kind, refiner.identity.kind) == ("base", "refiner")
+    assert base.is_bundled
+    assert base.config.vae == refiner.config.vae
+    assert base.config.big_g == refiner.config.big_g
+
+
+def test_the_refiner_takes_over(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = picture("a strawberry", capsys)
+    refined = picture("a strawberry", capsys, "--refiner", "bundled")
+    assert not np.array_equal(alone, refined)
+    assert np.abs(alone.astype(float) - refined).mean() < 30, "it changes details, not the picture"
 
 
 @pytest.mark.parametrize(
