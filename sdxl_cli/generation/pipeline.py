@@ -17,6 +17,7 @@ from sdxl_cli.generation.checks import FiniteWatch, require_finite
 from sdxl_cli.generation.device import NAMES, describe
 from sdxl_cli.generation.encode import Prompts, encode_prompts, guided
 from sdxl_cli.generation.metadata import Kind, Record
+from sdxl_cli.generation.observe import Step, stage, step
 from sdxl_cli.generation.picture import Pixels
 from sdxl_cli.generation.plan import Plan
 from sdxl_cli.generation.prompt import Tokenizer
@@ -83,7 +84,8 @@ def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
     experts = [(weights, steps) for weights, steps in shares if weights is not None and steps]
     prompts = []
     for weights, _ in experts:
-        prompts.append(encode_prompts(request, weights))
+        with stage(report, "text"):
+            prompts.append(encode_prompts(request, weights))
         weights.release()
     warn_of_unknown_words(request.prompt, models.base, report)
     seeds = [request.seed + index for index in range(request.num_images)]
@@ -98,7 +100,9 @@ def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
         models.release()
         for run in runs:
             for seed, latent in zip(run.seeds, run.latents, strict=True):
-                yield Picture(decode(latent[None], models.base), seed)
+                with stage(report, "vae"):
+                    pixels = decode(latent[None], models.base)
+                yield Picture(pixels, seed)
     models.release()
 
 
@@ -115,15 +119,19 @@ def refine(plan: Plan, pixels: Pixels, weights: Weights, report: Reporter) -> Pi
     Raises:
         NumericError: a stage gave NaN or infinity; the text names the stage and the step.
     """
-    prompts = encode_prompts(plan.request, weights)
+    with stage(report, "text"):
+        prompts = encode_prompts(plan.request, weights)
     warn_of_unknown_words(plan.request.prompt, weights, report)
     weights.release()
     streams = NoiseStreams([plan.request.seed])
-    run = Run(plan, [plan.request.seed], weights, streams, encode(pixels, weights, streams))
+    with stage(report, "vae"):
+        start = encode(pixels, weights, streams)
+    run = Run(plan, [plan.request.seed], weights, streams, start)
     weights.release()
     run.advance(weights, prompts, plan.steps, report)
     weights.release()
-    picture = Picture(decode(run.latents, weights), plan.request.seed)
+    with stage(report, "vae"):
+        picture = Picture(decode(run.latents, weights), plan.request.seed)
     weights.release()
     return picture
 
@@ -147,6 +155,7 @@ class Run:
         self.seeds = seeds
         self._plan = plan
         self._expert: Guided | None = None
+        self._denoised: Tensor | None = None
         self._done = 0
         vae, (height, width), sigma = weights.config.vae, plan.framing.size, plan.sigmas[0]
         noise = streams.next((vae.z_channels, height // vae.downsampling, width // vae.downsampling))
@@ -165,22 +174,26 @@ class Run:
         """
         plan = self._plan
         who = "refiner" if weights.config.is_refiner else "base"
-        self._expert = guided(weights, prompts, plan.framing, plan.request, plan.schedule, len(self.seeds))
         timesteps, label = plan.timesteps, f"{who}, seed {_span(self.seeds)}"
         watch = FiniteWatch(weights.dtype, "--dtype")
-        for latents in report.progress(islice(self._walk, steps), label, total=steps):
-            stage = (
-                f"the U-Net of the {who}, step {self._done + 1} of {plan.steps} (t={timesteps[self._done]})"
+        with stage(report, "unet"):
+            self._expert = guided(
+                weights, prompts, plan.framing, plan.request, plan.schedule, len(self.seeds)
             )
-            watch.see(latents, stage)
-            self.latents = latents
-            self._done += 1
-        watch.settle()
+            for latents in report.progress(islice(self._walk, steps), label, total=steps):
+                where = f"the U-Net of the {who}, step {self._done + 1} of {plan.steps} (t={timesteps[self._done]})"
+                watch.see(latents, where)
+                self.latents = latents
+                self._done += 1
+                if self._denoised is not None:
+                    step(report, Step(self._denoised, who, self._done, plan.steps))
+            watch.settle()
         self._expert = None
 
     def _denoise(self, x: Tensor, sigma: float) -> Tensor:
         assert self._expert is not None
-        return self._expert(x, sigma)
+        self._denoised = self._expert(x, sigma)
+        return self._denoised
 
 
 def encode(pixels: Pixels, weights: Weights, streams: NoiseStreams) -> Tensor:

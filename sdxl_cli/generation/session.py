@@ -40,7 +40,8 @@ def open_weights(
             )
     report.note(f"runs on {describe(device)} in {str(dtype).removeprefix('torch.')}")
     return [
-        FileWeights(files, device=device, dtype=dtype, vae_dtype=vae_dtype, stays=stays) for files in models
+        FileWeights(files, device=device, dtype=dtype, vae_dtype=vae_dtype, stays=stays, report=report)
+        for files in models
     ]
 
 

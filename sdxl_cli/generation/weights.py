@@ -12,6 +12,7 @@ from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.read import load_model
 from sdxl_cli.diffusion.denoiser import Prediction
 from sdxl_cli.generation.metadata import ModelRecord
+from sdxl_cli.generation.observe import stage
 from sdxl_cli.model.conditioning import Conditioner
 from sdxl_cli.model.config import ModelConfig
 from sdxl_cli.model.sdxl import SDXL, Part
@@ -68,7 +69,10 @@ class FileWeights:
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
         stays: bool = False,
+        report: object = None,
     ) -> None:
+        """``report``, when it is an observer, sees how long reading takes."""
+        self._report = report
         self.files, self.config, self.prediction = files, files.config, files.prediction
         self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
         self.stays = stays
@@ -108,9 +112,10 @@ class FileWeights:
     def _part(self, part: Part) -> SDXL:
         if part not in self._loaded:
             self.release()
-            self._loaded[part] = load_model(
-                self.files, (part,), dtype=self.dtype, vae_dtype=self.vae_dtype, device=self.device
-            )
+            with stage(self._report, "load"):
+                self._loaded[part] = load_model(
+                    self.files, (part,), dtype=self.dtype, vae_dtype=self.vae_dtype, device=self.device
+                )
         return self._loaded[part]
 
 
