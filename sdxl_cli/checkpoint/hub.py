@@ -46,13 +46,12 @@ def snapshots(repo: str, revision: str | None = None) -> list[Path]:
 
     With a ``revision`` only its copy is returned. Empty when nothing is there.
     """
-    home = cache_folder() / f"models--{repo.replace('/', '--')}"
-    return list(dict.fromkeys(_snapshots(home, revision)))
+    return list(dict.fromkeys(_snapshots(home(repo), revision)))
 
 
-def _snapshots(home: Path, revision: str | None) -> Iterator[Path]:
-    folder = home / "snapshots"
-    reference = home / "refs" / (revision or "main")
+def _snapshots(repository: Path, revision: str | None) -> Iterator[Path]:
+    folder = repository / "snapshots"
+    reference = repository / "refs" / (revision or "main")
     named = folder / (reference.read_text("utf-8").strip() if reference.is_file() else revision or "main")
     if named.is_dir():
         yield named
@@ -60,6 +59,22 @@ def _snapshots(home: Path, revision: str | None) -> Iterator[Path]:
         yield from sorted(
             filter(Path.is_dir, folder.iterdir()), key=lambda path: path.stat().st_mtime, reverse=True
         )
+
+
+def home(repo: str) -> Path:
+    """The folder of a repository in the cache."""
+    return cache_folder() / f"models--{repo.replace('/', '--')}"
+
+
+def partial_download(repo: str) -> Path | None:
+    """The largest file of a repository that a download began and did not end; None without one."""
+    files = (home(repo) / "blobs").glob("*.incomplete")
+    return max(files, key=lambda path: path.stat().st_size, default=None)
+
+
+def typed_name(what: str) -> str:
+    """How a repository, or a file of one, is best typed: ``base`` for the released base."""
+    return next((name for name, repo in SHORT_NAMES.items() if repo == what), what)
 
 
 def blob_sha256(path: Path) -> str | None:

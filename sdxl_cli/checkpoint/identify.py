@@ -9,16 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sdxl_cli.errors import FileError
-from sdxl_cli.model.config import BASE, REFINER, ModelConfig
+from sdxl_cli.model.config import BASE, PREFIXES, REFINER, ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 Prediction = Literal["eps", "v"]
 Layout = Literal["original", "diffusers"]
 Kind = Literal["base", "refiner", "inpaint", "vae", "unet", "text encoder", "adapter", "other"]
 
-UNET = "model.diffusion_model."
-VAE = "first_stage_model."
-TEXT = "conditioner."
+UNET, VAE, TEXT = PREFIXES["unet"], PREFIXES["vae"], PREFIXES["text"]
 CLIP_L = f"{TEXT}embedders.0.transformer."
 CONFIG_KEY = "sdxl.config"
 """Metadata: the sizes of a model that is not one of the released two, as JSON."""

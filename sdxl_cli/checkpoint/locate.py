@@ -12,10 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from sdxl_cli import console as consoles
 from sdxl_cli.checkpoint import diffusers_folder, hub
 from sdxl_cli.checkpoint.diffusers_folder import Component
 from sdxl_cli.checkpoint.files import ModelFiles
-from sdxl_cli.checkpoint.header import read_header
+from sdxl_cli.checkpoint.header import format_bytes, read_header
 from sdxl_cli.checkpoint.identify import Identity, Kind, identify
 from sdxl_cli.errors import FileError, NetworkError, SdxlError, UsageError
 from sdxl_cli.model.config import BASE
@@ -88,11 +89,16 @@ def locate(spec: str | None, role: Role = "base", *, variant: str | None = None)
 
 
 def _default(role: Role, variant: str | None) -> ModelFiles:
+    """The released model; without a copy of it the bundled one, and a copy that is not whole is told of."""
     released = "base" if role == "model" else role
+    repo = hub.SHORT_NAMES[released]
     try:
-        return _in_cache(hub.SHORT_NAMES[released], None, role, variant)
-    except SdxlError:  # not there, or not whole
-        return _bundled(role)
+        return _in_cache(repo, None, role, variant)
+    except NetworkError:  # there is no copy
+        pass
+    except SdxlError as error:
+        consoles.get().warn(f"{error}; the bundled tiny model takes its place")
+    return _bundled(role)
 
 
 def _bundled(role: Role) -> ModelFiles:
@@ -112,10 +118,16 @@ def _in_cache(repo: str, revision: str | None, role: Role, variant: str | None) 
         try:
             found = _only(repo, copy, role) or _wanted(_at(copy, variant), role)
         except SdxlError as error:
-            problems.append(str(error))
+            problems.append(_damage(copy) or str(error))
             continue
         name = found.name if found.path.is_file() else repo.partition("/")[2]
         return replace(found, name=name, origin=_CACHE)
+    if partial := hub.partial_download(repo):
+        here = format_bytes(partial.stat().st_size)
+        raise FileError(
+            f"{repo} is in the local cache but not whole: a download stopped ({here} are here); "
+            f"`sdxl download {hub.typed_name(repo)}` goes on with it"
+        )
     if problems:
         raise FileError(f"{repo} is in the local cache but cannot be used: {problems[0]}")
     raise _not_cached(repo)
@@ -130,8 +142,8 @@ def _file_in_cache(repo: str, revision: str | None, file: str, role: Role) -> Mo
 
 def _not_cached(what: str) -> NetworkError:
     return NetworkError(
-        f"{what} is not in the local cache ({hub.cache_folder()}) and the network is never used; "
-        "download it with the Hugging Face client, or give a file"
+        f"{what} is not in the local cache ({hub.cache_folder()}) and this command uses no network; "
+        f"`sdxl download {hub.typed_name(what)}` gets it, or give a file"
     )
 
 
@@ -144,6 +156,16 @@ def _only(repo: str, folder: Path, role: Role) -> ModelFiles | None:
         names = ", ".join(found.path.name for found in files)
         raise FileError(f"it has several models ({names}); give one as {repo}/{files[0].path.name}")
     return files[0] if files else None
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with the first file at the top of a folder that cannot be read; empty without one."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            read_header(path)
+        except SdxlError as error:
+            return str(error)
+    return ""
 
 
 def _singles(folder: Path) -> Iterator[ModelFiles]:

@@ -21,8 +21,8 @@ from sdxl_cli.checkpoint.layouts import (
 from sdxl_cli.checkpoint.tensor_file import Joined, Renamed, TensorFile, Tensors
 from sdxl_cli.checkpoint.vocabulary import Expanded
 from sdxl_cli.errors import FileError
-from sdxl_cli.model.config import ModelConfig
-from sdxl_cli.model.sdxl import ALL_PARTS, PREFIXES, SDXL, Part
+from sdxl_cli.model.config import ALL_PARTS, PREFIXES, ModelConfig, Part
+from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 
 

@@ -14,8 +14,8 @@ from sdxl_cli.diffusion.denoiser import Prediction
 from sdxl_cli.generation.metadata import ModelRecord
 from sdxl_cli.generation.observe import stage
 from sdxl_cli.model.conditioning import Conditioner
-from sdxl_cli.model.config import ModelConfig
-from sdxl_cli.model.sdxl import SDXL, Part
+from sdxl_cli.model.config import ModelConfig, Part
+from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.unet import UNet
 from sdxl_cli.model.vae import Autoencoder
 

@@ -10,6 +10,16 @@ from sdxl_cli.errors import FileError
 Activation = Literal["quick_gelu", "gelu"]
 Scalar = Literal["original_size", "crop_top_left", "target_size", "aesthetic_score"]
 
+Part = Literal["unet", "vae", "text"]
+ALL_PARTS: tuple[Part, ...] = ("unet", "vae", "text")
+
+PREFIXES: dict[Part, str] = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text": "conditioner.",
+}
+"""Where each part's parameters are in the single file."""
+
 SCALAR_COUNT: dict[Scalar, int] = {
     "original_size": 2,
     "crop_top_left": 2,

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
 
 from torch import nn
 
 from sdxl_cli.model.conditioning import Conditioner
-from sdxl_cli.model.config import ModelConfig
+from sdxl_cli.model.config import ALL_PARTS, ModelConfig, Part
 from sdxl_cli.model.unet import UNet
 from sdxl_cli.model.vae import Autoencoder
-
-Part = Literal["unet", "vae", "text"]
-ALL_PARTS: tuple[Part, ...] = ("unet", "vae", "text")
-
-PREFIXES: dict[Part, str] = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text": "conditioner.",
-}
-"""Where each part's parameters are in the single file."""
 
 
 class SDXL(nn.Module):

@@ -20,8 +20,8 @@ from sdxl_cli.data.manifest import Manifest, read_manifest
 from sdxl_cli.errors import UsageError, unknown
 from sdxl_cli.generation.prompt import PAD_BIG_G, PAD_CLIP_L, Tokenizer
 from sdxl_cli.model import text, unet
-from sdxl_cli.model.config import CONFIGS, ModelConfig
-from sdxl_cli.model.sdxl import SDXL, Part
+from sdxl_cli.model.config import CONFIGS, ModelConfig, Part
+from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.config import UNetTrainConfig
 from sdxl_cli.training.folder import prepare

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from sdxl_cli.model.sdxl import SDXL
 COMMIT = "462165984030d82259a11f4367a4eed129e94a7b"
 BASE_REPO = "stabilityai/stable-diffusion-xl-base-1.0"
 Cached = Callable[..., Path]
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -222,6 +224,36 @@ def test_nothing_given_means_released_else_bundled(
     cached("sd_xl_base_1.0.safetensors")
     assert not locate(None).is_bundled
     assert locate("bundled").is_bundled
+
+
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [
+        ("blobs/cd.incomplete", r"a download stopped \(1\.2 kB are here\); `sdxl download base` goes on"),
+        (f"snapshots/{COMMIT}/sd_xl_base_1.0.safetensors", r"cannot be used: .*no safetensors file"),
+    ],
+)
+def test_a_copy_that_is_not_whole_is_told_of_before_the_bundled_model_is_taken(
+    left: str, says: str, cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(locate_module, "BUNDLED", saved)
+    path = cache / f"models--{BASE_REPO.replace('/', '--')}" / left
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(1234))
+    assert locate(None).is_bundled
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {BASE_REPO} is in the local cache but ")
+    assert re.search(f"{says}.*; the bundled tiny model takes its place", told)
+    with pytest.raises(FileError, match=says):
+        locate("base")
+
+
+def test_the_bundled_model_is_taken_in_silence_when_there_is_no_copy(
+    cache: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(locate_module, "BUNDLED", saved)
+    assert locate(None).is_bundled
+    assert capsys.readouterr().err == ""
 
 
 def test_an_installation_without_the_bundled_model_says_so(

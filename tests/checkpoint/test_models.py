@@ -11,12 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from sdxl_cli.checkpoint import identify
 from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.read import load_model, load_vae, open_tensors
 from sdxl_cli.checkpoint.write import save_model, save_tensors, save_vae
 from sdxl_cli.errors import FileError
-from sdxl_cli.model import sdxl
 from sdxl_cli.model.config import BASE, REFINER, ModelConfig
 from sdxl_cli.model.sdxl import SDXL
 
@@ -43,11 +41,6 @@ def path(model: SDXL, tmp_path: Path) -> Path:
     file = tmp_path / "small.safetensors"
     save_model(file, model, model.config)
     return file
-
-
-def test_prefixes_agree() -> None:
-    prefixes = {"unet": identify.UNET, "vae": identify.VAE, "text": identify.TEXT}
-    assert prefixes == sdxl.PREFIXES
 
 
 def test_a_model_comes_back_the_same_and_ready_to_run(model: SDXL, path: Path) -> None:
