@@ -162,9 +162,7 @@ class Run:
         # from noise alone x has the variance that a clean latent of variance 1 would have with it on top (sgm)
         latents = noise * (1 + sigma.square()).sqrt() if start is None else start.cpu() + noise * sigma
         self.latents = latents.to(weights.device)
-        self._walk = plan.sampler.steps(
-            self._denoise, self.latents, plan.sigmas, lambda x: streams.next(x.shape[1:]).to(x)
-        )
+        self._walk = plan.sampler.steps(self._denoise, self.latents, plan.sigmas, streams)
 
     def advance(self, weights: Weights, prompts: Prompts, steps: int, report: Reporter) -> None:
         """Let ``weights`` do the next ``steps`` steps.

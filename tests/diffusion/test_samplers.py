@@ -34,12 +34,18 @@ def bent(x: Tensor, sigma: float) -> Tensor:
     return torch.tanh(2 * x / (1 + sigma)) + 0.1 * torch.sin(3 * x)
 
 
-def no_noise(x: Tensor) -> Tensor:
-    raise AssertionError("deterministic samplers draw no noise")
+class NoNoise:
+    """For deterministic samplers."""
+
+    def fresh(self, x: Tensor) -> Tensor:
+        raise AssertionError("deterministic samplers draw no noise")
+
+    def between(self, x: Tensor, sigma: float, following: float) -> Tensor:
+        raise AssertionError("deterministic samplers draw no noise")
 
 
 def last(sampler: Sampler, denoise: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
-    *_, end = sampler.steps(denoise, x, sigmas, no_noise)
+    *_, end = sampler.steps(denoise, x, sigmas, NoNoise())
     return end
 
 
@@ -107,7 +113,7 @@ def test_dpmpp_2m_is_its_formula(grid: str) -> None:
     sigmas = GRIDS[grid](NoiseSchedule(), 17).to(F64)
     x = torch.linspace(-20, 20, 11, dtype=F64)
     expected = TwoM().run(bent, x, sigmas.tolist())
-    ours = list(SAMPLERS["dpmpp_2m"].steps(bent, x, sigmas, no_noise))
+    ours = list(SAMPLERS["dpmpp_2m"].steps(bent, x, sigmas, NoNoise()))
     assert len(ours) == 17
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(ours, expected, strict=True))
 
@@ -118,7 +124,10 @@ def test_euler_is_its_formula(grid: str) -> None:
     sigmas = GRIDS[grid](NoiseSchedule(), 17).to(F64)
     x = torch.linspace(-20, 20, 11, dtype=F64)
     for now, following, ours in zip(
-        sigmas.tolist(), sigmas.tolist()[1:], SAMPLERS["euler"].steps(bent, x, sigmas, no_noise), strict=False
+        sigmas.tolist(),
+        sigmas.tolist()[1:],
+        SAMPLERS["euler"].steps(bent, x, sigmas, NoNoise()),
+        strict=False,
     ):
         denoised = bent(x, now)
         x = denoised + following / now * (x - denoised)
@@ -128,7 +137,7 @@ def test_euler_is_its_formula(grid: str) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_last_step_is_the_denoised_latent(name: str) -> None:
     sigmas, x = torch.tensor([2.0, 1.0, 0.5, 0.0], dtype=F64), torch.randn(5, dtype=F64)
-    *_, before, end = SAMPLERS[name].steps(bent, x, sigmas, no_noise)
+    *_, before, end = SAMPLERS[name].steps(bent, x, sigmas, NoNoise())
     assert torch.allclose(end, bent(before, 0.5))
 
 
@@ -141,7 +150,7 @@ def test_one_evaluation_a_step_at_its_noise_level(name: str) -> None:
         return bent(x, sigma)
 
     sigmas = GRIDS["karras"](NoiseSchedule(), 9)
-    assert len(list(SAMPLERS[name].steps(denoise, torch.randn(3), sigmas, no_noise))) == 9
+    assert len(list(SAMPLERS[name].steps(denoise, torch.randn(3), sigmas, NoNoise()))) == 9
     assert seen == sigmas[:-1].tolist()
 
 
@@ -149,8 +158,8 @@ def test_one_evaluation_a_step_at_its_noise_level(name: str) -> None:
 def test_a_run_may_stop_above_zero_and_be_gone_on_with(name: str) -> None:
     """Where a refiner takes over the sampler keeps its memory; stopping and starting anew loses it."""
     sigmas, x = GRIDS["karras"](NoiseSchedule(), 12).to(F64), torch.linspace(-20, 20, 11, dtype=F64)
-    whole = list(SAMPLERS[name].steps(bent, x, sigmas, no_noise))
-    part = list(SAMPLERS[name].steps(bent, x, sigmas[:8], no_noise))
+    whole = list(SAMPLERS[name].steps(bent, x, sigmas, NoNoise()))
+    part = list(SAMPLERS[name].steps(bent, x, sigmas[:8], NoNoise()))
     assert all(torch.equal(a, b) for a, b in zip(whole, part, strict=False))
     assert len(part) == 7
 
@@ -159,7 +168,7 @@ def test_a_run_may_stop_above_zero_and_be_gone_on_with(name: str) -> None:
 def test_the_input_is_left_as_it_was(name: str) -> None:
     x = torch.linspace(-20, 20, 11, dtype=F64)
     before = x.clone()
-    path = list(SAMPLERS[name].steps(bent, x, GRIDS["sgm"](NoiseSchedule(), 5), no_noise))
+    path = list(SAMPLERS[name].steps(bent, x, GRIDS["sgm"](NoiseSchedule(), 5), NoNoise()))
     assert torch.equal(x, before)
     kept = [step.clone() for step in path]
     assert all(torch.equal(a, b) for a, b in zip(path, kept, strict=True))

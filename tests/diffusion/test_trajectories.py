@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdxl_cli.diffusion.denoiser import Denoiser, Prediction
 from sdxl_cli.diffusion.guidance import Guided
+from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.diffusion.samplers import SAMPLERS
 from sdxl_cli.diffusion.schedule import GRIDS, NoiseSchedule
 from sdxl_cli.model.conditioning import MicroConditioning, conditioning_vector
@@ -120,7 +121,7 @@ def their_path(world: World, sampler: str, prediction: Prediction, sigmas: Tenso
 def test_every_step_of_a_run(world: World, sampler: str, grid: str, prediction: Prediction) -> None:
     sigmas = GRIDS[grid](SCHEDULE, 6)
     x = world.noise * (1 + sigmas[0] ** 2).sqrt()
-    ours = list(SAMPLERS[sampler].steps(world.guided(prediction), x, sigmas, torch.randn_like))
+    ours = list(SAMPLERS[sampler].steps(world.guided(prediction), x, sigmas, NoiseStreams([1, 2])))
     theirs = their_path(world, sampler, prediction, sigmas)
     errors = [relative(a, b) for a, b in zip(ours, theirs, strict=True)]
     print(f"{sampler}, {grid}, {prediction}: first step {errors[0]:.1e}, last {errors[-1]:.1e}")
@@ -172,7 +173,7 @@ def test_the_pipeline_of_diffusers_makes_the_same_picture(world: World) -> None:
 
     sigmas = GRIDS["leading"](SCHEDULE, 10)
     x = world.noise * (1 + sigmas[0] ** 2).sqrt()
-    *_, x = SAMPLERS["euler"].steps(world.guided("eps"), x, sigmas, torch.randn_like)
+    *_, x = SAMPLERS["euler"].steps(world.guided("eps"), x, sigmas, NoiseStreams([1, 2]))
     decoded = ((vae.decode(vae.from_latent(x)) + 1) / 2).clamp(0, 1)
     errors = relative(x, latents), relative(decoded, image)
     print(f"pipeline: latents {errors[0]:.1e}, image {errors[1]:.1e}")

@@ -164,7 +164,7 @@ def guided(unet: UNet, dtype: torch.dtype, device: torch.device, batch: int = 2)
 def run(sampler: str, guide: Guided, steps: int, device: torch.device) -> Tensor:
     sigmas = GRIDS["sgm"](NoiseSchedule(), steps)
     x = NoiseStreams([1, 2]).next((4, 16, 12)) * (1 + sigmas[0] ** 2).sqrt()
-    *_, end = SAMPLERS[sampler].steps(guide, x.to(device), sigmas, torch.randn_like)
+    *_, end = SAMPLERS[sampler].steps(guide, x.to(device), sigmas, NoiseStreams([1, 2]))
     return end
 
 
@@ -186,9 +186,9 @@ def test_the_denoising_loop_never_waits_for_the_device(sampler: str) -> None:
     guide = guided(UNet(BASE.unet).eval(), torch.bfloat16, DEVICE)
     sigmas = GRIDS["sgm"](NoiseSchedule(), 3)
     x = torch.randn(2, 4, 16, 12, device=DEVICE) * float(sigmas[0])
-    list(SAMPLERS[sampler].steps(guide, x, sigmas, torch.randn_like))  # libraries are loaded
+    list(SAMPLERS[sampler].steps(guide, x, sigmas, NoiseStreams([1, 2])))  # libraries are loaded
     with no_waiting():
-        path = list(SAMPLERS[sampler].steps(guide, x, sigmas, torch.randn_like))
+        path = list(SAMPLERS[sampler].steps(guide, x, sigmas, NoiseStreams([1, 2])))
     assert torch.isfinite(path[-1]).all()
 
 

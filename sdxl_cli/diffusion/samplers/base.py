@@ -12,10 +12,14 @@ Denoise = Callable[[Tensor, float], Tensor]
 
 
 class Noise(Protocol):
-    """Fresh noise for samplers that add some."""
+    """Random numbers for samplers that add noise; every image of a batch has its own."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Standard normal noise like x."""
+    def fresh(self, x: Tensor) -> Tensor:
+        """Standard normal noise like x, another at every call."""
+        ...
+
+    def between(self, x: Tensor, sigma: float, following: float) -> Tensor:
+        """Noise like x of unit variance: a Brownian path's increment between two levels, the same at every call."""
         ...
 
 
