@@ -14,7 +14,10 @@ from sdxl_cli.model.config import Activation, ModelConfig, Scalar, TextTowerConf
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 INDEX = "model_index.json"
-_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+_NETWORK_STEMS = (("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model", "bin"))
+_TEXT_STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
+_STEMS = {"unet": _NETWORK_STEMS, "vae": _NETWORK_STEMS}
+"""Names and kinds of the files that diffusers and transformers write; pickles only where there is nothing else."""
 _ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
 
 
@@ -100,25 +103,22 @@ def read_vae(path: Path, variant: str | None) -> tuple[Component, VAEConfig]:
 
 
 def weights(folder: Path, component: str, variant: str | None) -> tuple[Path, ...]:
-    """The safetensors files of one network: one, or the shards its index names.
+    """The files of one network: one, or the shards its index names.
 
     Raises:
-        FileError: there is none, a shard is missing, or there are only pickles.
+        FileError: there is none, or a shard is missing.
     """
-    stem = _STEMS.get(component, "model")
-    suffixes = [f".{variant}" if variant else "", "", ".fp16", ".bf16"]
-    for suffix in dict.fromkeys(suffixes):
-        single = folder / f"{stem}{suffix}.safetensors"
-        if single.is_file():
-            return (single,)
-        index = folder / f"{stem}.safetensors.index{suffix}.json"
-        if index.is_file():
-            return _shards(index)
-    if any(folder.glob("*.bin")):
-        raise FileError(
-            f"{folder} has only .bin pickles, which can run code when opened; get its .safetensors files"
-        )
-    raise FileError(f"{folder} has no {stem}.safetensors; the download is incomplete: download it again")
+    suffixes = tuple(dict.fromkeys([f".{variant}" if variant else "", "", ".fp16", ".bf16"]))
+    for stem, kind in _STEMS.get(component, _TEXT_STEMS):
+        for suffix in suffixes:
+            single = folder / f"{stem}{suffix}.{kind}"
+            if single.is_file():
+                return (single,)
+            index = folder / f"{stem}.{kind}.index{suffix}.json"
+            if index.is_file():
+                return _shards(index)
+    expected = ".".join(_STEMS.get(component, _TEXT_STEMS)[0])
+    raise FileError(f"{folder} has no {expected}; the download is incomplete: download it again")
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

@@ -37,14 +37,13 @@ _LEAD = 8
 """Bytes of the header's length, a little-endian integer before the header."""
 
 _PICKLE = (
-    "a pickle (.ckpt, .pt, .bin), which can run code when opened; this version reads only safetensors: "
-    "convert it to safetensors first"
+    "a pickle (.ckpt, .pt, .bin), and a safetensors file is wanted here; `sdxl convert` makes one of a model"
 )
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""A zip archive, as torch writes since 1.6, and the pickle protocols before it."""
 
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
-    (b"PK\x03\x04", _PICKLE),
-    (b"\x80\x02", _PICKLE),
-    (b"\x80\x04", _PICKLE),
+    *((start, _PICKLE) for start in _PICKLE_STARTS),
     (b"<", "a web page, not a model; the link was wrong or needs a login: download it again"),
     (
         b"version https://git-lfs",
@@ -123,6 +122,16 @@ def read_header(path: Path) -> Header:
     return Header(path, entries, metadata, size)
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as torch's own files do; False for what is missing or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(32)
+    except OSError:
+        return False
+    return head.startswith(_PICKLE_STARTS) and not _is_safetensors(head, path.stat().st_size)
+
+
 def format_bytes(count: int, unit_of: int | None = None) -> str:
     """``6938078334`` -> ``"6.9 GB"``, in the unit of ``unit_of`` when given; decimal units, as disks count."""
     scale = max(count if unit_of is None else unit_of, 1)
@@ -134,14 +143,18 @@ def format_bytes(count: int, unit_of: int | None = None) -> str:
 def _refuse_other_formats(path: Path, head: bytes, size: int) -> None:
     if size == 0:
         raise FileError(f"{path} is empty (0 bytes); download it again")
-    length = int.from_bytes(head[:_LEAD], "little")
-    # some writers put spaces before the brace, none puts anything else; the length may look like any signature
-    if size >= _LEAD + 2 and length <= MAX_HEADER and head[_LEAD:].lstrip().startswith(b"{"):
+    if _is_safetensors(head, size):
         return
     for signature, what in _SIGNATURES:
         if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(signature):
             raise FileError(f"{path} is {what}")
     raise FileError(f"{path} is no safetensors file; if its name says so, download it again")
+
+
+def _is_safetensors(head: bytes, size: int) -> bool:
+    """By the brace; some writers put spaces before it. The length may look like any other format's signature."""
+    length = int.from_bytes(head[:_LEAD], "little")
+    return size >= _LEAD + 2 and length <= MAX_HEADER and head[_LEAD:].lstrip().startswith(b"{")
 
 
 def _entries(table: Mapping[str, Any], data: int) -> Iterator[tuple[str, Entry]]:

@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sdxl_cli import console as consoles
 from sdxl_cli.checkpoint import diffusers_folder, hub
 from sdxl_cli.checkpoint.diffusers_folder import Component
 from sdxl_cli.checkpoint.files import ModelFiles
-from sdxl_cli.checkpoint.header import format_bytes, read_header
+from sdxl_cli.checkpoint.header import Header, format_bytes, is_pickle, read_header
 from sdxl_cli.checkpoint.identify import Identity, Kind, identify
 from sdxl_cli.errors import FileError, NetworkError, SdxlError, UsageError
 from sdxl_cli.model.config import BASE
+
+if TYPE_CHECKING:
+    from sdxl_cli.checkpoint.pickle_file import PickleFile
 
 Role = Literal["base", "refiner", "vae", "model"]
 """What a model is wanted for; ``model`` takes a base or a refiner."""
@@ -28,6 +31,9 @@ _CACHE = "the local Hugging Face cache"
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 """The folder of the bundled model."""
+
+_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""Of files of tensors."""
 
 _ACCEPTED: dict[Role, tuple[Kind, ...]] = {
     "base": ("base",),
@@ -57,9 +63,9 @@ def locate(spec: str | None, role: Role = "base", *, variant: str | None = None)
     """Find a model's files and look at what they are.
 
     Args:
-        spec: a safetensors file, a diffusers folder, a hub id in the local cache (``org/name``, ``org/name@revision``,
-            ``org/name/file.safetensors``), one of ``base``, ``refiner``, ``vae``, ``bundled``; None is the released
-            model if the cache has it, else the bundled one.
+        spec: a safetensors file or a torch pickle (.ckpt, .pt), a diffusers folder, a hub id in the local cache
+            (``org/name``, ``org/name@revision``, ``org/name/file.safetensors``), one of ``base``, ``refiner``,
+            ``vae``, ``bundled``; None is the released model if the cache has it, else the bundled one.
         role: what it is wanted for; anything else is refused by name.
         variant: for diffusers folders with several precisions, the one to prefer (``"fp16"``).
 
@@ -201,12 +207,21 @@ def _at(path: Path, variant: str | None) -> ModelFiles:
 
 
 def _file(path: Path) -> ModelFiles:
-    header = read_header(path)
+    contents = _contents(path)
     try:
-        identity = identify(header.shapes, header.metadata)
+        identity = identify(contents.shapes, contents.metadata)
     except FileError as error:
         raise FileError(f"{path}: {error}") from error
     return _files(path, (Component("model", (path,)),), identity)
+
+
+def _contents(path: Path) -> Header | PickleFile:
+    """A file's table of contents. That of a pickle needs torch, which takes seconds to import."""
+    if not is_pickle(path):
+        return read_header(path)
+    from sdxl_cli.checkpoint.pickle_file import PickleFile
+
+    return PickleFile(path)
 
 
 def _pipeline(path: Path, variant: str | None) -> ModelFiles:
@@ -220,7 +235,7 @@ def _pipeline(path: Path, variant: str | None) -> ModelFiles:
         shape
         for component in folder.components
         for file in component.paths
-        for shape in read_header(file).shapes.values()
+        for shape in _contents(file).shapes.values()
     ]
     identity = Identity(
         kind=kind,
@@ -248,16 +263,15 @@ def _files(path: Path, components: tuple[Component, ...], identity: Identity) ->
 
 def _looks_like_path(spec: str) -> bool:
     """Whether people who type this mean a file, though a hub id may look the same."""
-    suffixes = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
     first = spec.startswith((".", "/", "~", "\\"))
     inside = "/" in spec and Path(spec).parent.is_dir()
-    return first or inside or (spec.endswith(suffixes) and spec.count("/") < 2)
+    return first or inside or (spec.endswith(_SUFFIXES) and spec.count("/") < 2)
 
 
 def _nearby(path: Path) -> str:
     """Files of the same folder with a similar name."""
     if not path.parent.is_dir():
         return f" (the folder {path.parent} does not exist)"
-    names = [file.name for file in path.parent.iterdir() if file.suffix == ".safetensors"]
+    names = [file.name for file in path.parent.iterdir() if file.suffix in _SUFFIXES]
     near = get_close_matches(path.name, names, n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""

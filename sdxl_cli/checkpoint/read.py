@@ -18,7 +18,8 @@ from sdxl_cli.checkpoint.layouts import (
     unet_to_original,
     vae_to_original,
 )
-from sdxl_cli.checkpoint.tensor_file import Joined, Renamed, TensorFile, Tensors
+from sdxl_cli.checkpoint.opening import open_files
+from sdxl_cli.checkpoint.tensor_file import Joined, Renamed, Tensors
 from sdxl_cli.checkpoint.vocabulary import Expanded
 from sdxl_cli.errors import FileError
 from sdxl_cli.model.config import ALL_PARTS, PREFIXES, ModelConfig, Part
@@ -94,7 +95,7 @@ def _opened(files: ModelFiles) -> Tensors:
 
 def _original(component: Component, files: ModelFiles) -> Tensors:
     """A component's tensors under the names of the single file."""
-    tensors: Tensors = Joined([TensorFile(path) for path in component.paths])
+    tensors = open_files(component.paths)
     keys, config = list(tensors.shapes), files.config
     kind = component.name if component.name != "model" else files.identity.kind
     if kind == "vae" and all(not key.startswith(VAE) for key in keys):

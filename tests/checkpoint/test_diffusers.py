@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdxl_cli.checkpoint.layouts import (
@@ -254,15 +255,32 @@ def test_broken_folders_are_named(
         locate(str(tmp_path))
 
 
-def test_a_missing_shard_and_pickles_are_named(small_config: ModelConfig, tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(small_config: ModelConfig, tmp_path: Path) -> None:
     save(their_model(small_config), tmp_path, max_shard_size="400KB")
     next((tmp_path / "unet").glob("*-00002-*")).unlink()
     with pytest.raises(FileError, match=r"lacks 1 of \d+ shards"):
         locate(str(tmp_path))
-    for path in (tmp_path / "unet").glob("*safetensors*"):
-        path.rename(path.with_suffix(".bin"))
-    with pytest.raises(FileError, match=r"only \.bin pickles"):
-        locate(str(tmp_path))
+
+
+@torch.no_grad()
+def test_a_folder_of_pickles_is_read(small_config: ModelConfig, tmp_path: Path) -> None:
+    """As everybody wrote them before 2023: also in shards, for which diffusers has no writer any more."""
+    theirs = their_model(small_config)
+    for name, network in theirs.items():
+        network.save_pretrained(tmp_path / name)
+        file = next((tmp_path / name).glob("*.safetensors"))
+        state = load_file(file)
+        stem = "diffusion_pytorch_model" if name in ("unet", "vae") else "pytorch_model"
+        names = sorted(state)
+        for number, part in enumerate((names[::2], names[1::2]) if name == "unet" else (names,)):
+            shard = f"{stem}-{number}.bin" if name == "unet" else f"{stem}.bin"
+            torch.save({key: state[key] for key in part}, tmp_path / name / shard)
+        if name == "unet":
+            where = {key: f"{stem}-{index % 2}.bin" for index, key in enumerate(names)}
+            (tmp_path / name / f"{stem}.bin.index.json").write_text(json.dumps({"weight_map": where}))
+        file.unlink()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    compare(load(tmp_path), theirs, small_config)
 
 
 def test_one_part_of_a_folder_is_not_a_model(small_config: ModelConfig, tmp_path: Path) -> None:

@@ -110,13 +110,6 @@ def test_a_lora_is_no_model(tmp_path: Path, cache: Path) -> None:
         locate(str(path))
 
 
-def test_pickles_are_refused_with_a_reason(tmp_path: Path, cache: Path) -> None:
-    path = tmp_path / "model.ckpt"
-    torch.save({"x": torch.zeros(1)}, path)
-    with pytest.raises(FileError, match=r"is a pickle .* convert it to safetensors"):
-        locate(str(path))
-
-
 def test_a_typing_error_is_answered_with_the_nearest_name(saved: Path, cache: Path) -> None:
     with pytest.raises(FileError, match=r"no such file or folder; did you mean base\.safetensors"):
         locate(str(saved / "bse.safetensors"))
