@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sdxl_cli.model.config import ModelConfig, Scalar
 from sdxl_cli.model.embedding import sinusoidal
-from sdxl_cli.model.text import ClipLEmbedder, OpenClipEmbedder
+from sdxl_cli.model.text import PENULTIMATE, ClipLEmbedder, Insert, OpenClipEmbedder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +95,30 @@ class Conditioner(nn.Module):
             ids_l: CLIP-L's ids, padded with end-of-text [B, 77]; ignored by a refiner.
             ids_g: bigG's ids, padded with 0 [B, 77].
         """
-        *others, big_g = self.embedders
-        penultimate, pooled = big_g(ids_g)
-        features = [*(embedder(ids_l) for embedder in others), penultimate]
+        features, pooled = self.towers(ids_l, ids_g)
         return TextFeatures(torch.cat(features, dim=-1), pooled)
+
+    def towers(
+        self,
+        ids_l: Tensor | None,
+        ids_g: Tensor,
+        *,
+        layer: int = PENULTIMATE,
+        inserts_l: Sequence[Insert] = (),
+        inserts_g: Sequence[Insert] = (),
+    ) -> tuple[list[Tensor], Tensor]:
+        """Encode, and leave the encoders' features apart.
+
+        Args:
+            ids_l: as for :meth:`text`.
+            ids_g: as for :meth:`text`.
+            layer: of both encoders, counted from the end, 1 … number of layers.
+            inserts_l: learned vectors in the place of tokens, for CLIP-L; ignored by a refiner.
+            inserts_g: for bigG.
+
+        Returns:
+            Features [B, 77, width] of each encoder, CLIP-L first; and bigG's pooled ones [B, embed_dim].
+        """
+        *others, big_g = self.embedders
+        penultimate, pooled = big_g(ids_g, layer, inserts_g)
+        return [*(embedder(ids_l, layer, inserts_l) for embedder in others), penultimate], pooled

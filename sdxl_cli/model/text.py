@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
 from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdxl_cli.model.config import TextTowerConfig
+
+PENULTIMATE = 2
+"""The layer SDXL reads, counted from the end: 1 is the last (paper section 2.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Insert:
+    """A learned vector in the place of a token's own embedding (textual inversion, arXiv 2208.01618)."""
+
+    row: int
+    position: int
+    vector: Tensor
+    """[width]."""
+
 
 _ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
@@ -39,11 +57,21 @@ class ClipLEmbedder(nn.Module):
         positions = torch.arange(config.context_length, device="cpu")[None]
         tower.get_submodule("embeddings").register_buffer("position_ids", positions, persistent=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids [B, 77] -> the penultimate layer's output, without the final norm [B, 77, width]."""
+    def forward(self, ids: Tensor, layer: int = PENULTIMATE, inserts: Sequence[Insert] = ()) -> Tensor:
+        """Encode token ids.
+
+        Args:
+            ids: [B, 77].
+            layer: whose output is wanted, counted from the end, 1 … number of layers.
+            inserts: learned vectors in the place of tokens.
+
+        Returns:
+            The layer's output, without the final norm [B, 77, width].
+        """
         tower = self.transformer.get_submodule("text_model")
-        states: tuple[Tensor, ...] = tower(input_ids=ids, output_hidden_states=True).hidden_states
-        return states[-2]
+        with _inserted(tower.get_submodule("embeddings.token_embedding"), inserts):
+            states: tuple[Tensor, ...] = tower(input_ids=ids, output_hidden_states=True).hidden_states
+        return states[-layer]
 
 
 class OpenClipEmbedder(nn.Module):
@@ -66,26 +94,53 @@ class OpenClipEmbedder(nn.Module):
         causal = torch.full((config.context_length,) * 2, float("-inf"), device="cpu").triu_(1)
         self.model.register_buffer("attn_mask", causal, persistent=False)
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, layer: int = PENULTIMATE, inserts: Sequence[Insert] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Encode token ids.
 
         Args:
             ids: [B, 77].
+            layer: whose output is wanted, counted from the end, 1 … number of layers.
+            inserts: learned vectors in the place of tokens.
 
         Returns:
-            The input of the last block, without the final norm [B, 77, width]; and the projected final
+            The layer's output, without the final norm [B, 77, width]; and, whatever the layer, the projected final
             feature of the end-of-text token, which has the highest id [B, embed_dim].
         """
         model = self.model
-        x = model.token_embedding(ids) + model.positional_embedding[: ids.shape[1]]
+        with _inserted(model.token_embedding, inserts):
+            x = model.token_embedding(ids) + model.positional_embedding[: ids.shape[1]]
         mask = model.attn_mask[: ids.shape[1], : ids.shape[1]].to(x.dtype)
-        *blocks, last = model.transformer.resblocks
-        for block in blocks:
+        blocks = list(model.transformer.resblocks)
+        features = x
+        for left, block in zip(range(len(blocks), 0, -1), blocks, strict=True):
             x = block(x, attn_mask=mask)
-        final = model.ln_final(last(x, attn_mask=mask))
+            if left == layer:
+                features = x
         end = ids.argmax(dim=-1)
-        pooled = final[torch.arange(len(ids), device=ids.device), end] @ model.text_projection
-        return x, pooled
+        pooled = model.ln_final(x)[torch.arange(len(ids), device=ids.device), end] @ model.text_projection
+        return features, pooled
+
+
+@contextmanager
+def _inserted(table: nn.Module, inserts: Sequence[Insert]) -> Iterator[None]:
+    """Let a token table give learned vectors at some places, for as long as this lasts."""
+
+    def replace(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        output = output.clone()
+        for insert in inserts:
+            output[insert.row, insert.position] = insert.vector.to(output)
+        return output
+
+    if not inserts:
+        yield
+        return
+    hook = table.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 TOKEN_STD, POSITION_STD = 0.5, 0.1
