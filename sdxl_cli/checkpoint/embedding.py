@@ -20,9 +20,6 @@ from sdxl_cli.checkpoint.tensor_file import TensorFile
 from sdxl_cli.errors import FileError
 from sdxl_cli.model.config import ModelConfig
 
-SUFFIXES = (".safetensors", ".pt", ".bin")
-"""What embedding files are called."""
-
 MAX_VECTORS = 75
 """What fits between a start and an end token."""
 
@@ -118,7 +115,9 @@ def _other(state: Mapping[str, Any]) -> str:
     """What a file that is no embedding for SDXL is, in words."""
     # A1111 saves {"string_to_param": {"*": [n, width]}}, diffusers {"<word>": [width]}, others {"emb_params": ...}
     values = state.get("string_to_param", state)
-    tensors = [value for value in getattr(values, "values", list)() if isinstance(value, Tensor) and value.ndim]
+    tensors = [
+        value for value in getattr(values, "values", list)() if isinstance(value, Tensor) and value.ndim
+    ]
     if len(tensors) == 1 and (name := _ARCHITECTURES.get(tensors[0].shape[-1])):
         return f"a textual inversion for {name}"
     return "no textual inversion for any Stable Diffusion model"

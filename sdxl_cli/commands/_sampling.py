@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-MODEL, CONDITIONS, MACHINE, OUTPUT = (
+PROMPT, MODEL, CONDITIONS, MACHINE, OUTPUT = (
+    "Prompt",
     "Model",
     "What the model is told",
     "Where it runs",
@@ -23,6 +24,46 @@ NegativePrompt = Annotated[
     typer.Option(
         "--negative-prompt", "--neg", "-n", help="What should not be in the picture.", metavar="TEXT"
     ),
+]
+PromptSyntax = Annotated[
+    str | None,
+    typer.Option(help="How brackets are read: a1111, comfy or raw.", metavar="NAME", rich_help_panel=PROMPT),
+]
+Emphasis = Annotated[
+    str | None,
+    typer.Option(
+        help="A1111's (word:1.3): original, or no-norm, which keeps the strength of the rest as it is.",
+        metavar="NAME",
+        rich_help_panel=PROMPT,
+    ),
+]
+ClipSkip = Annotated[
+    int | None,
+    typer.Option(
+        help="Layer of the text encoders, from the end: 2 is SDXL's own, 1 the last.",
+        metavar="N",
+        rich_help_panel=PROMPT,
+    ),
+]
+StrictTokens = Annotated[
+    bool | None,
+    typer.Option(
+        "--strict-tokens",
+        help="Refuse prompts of more than 75 tokens instead of reading them in chunks.",
+        rich_help_panel=PROMPT,
+    ),
+]
+Embedding = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Textual inversion for SDXL, called by its file's name or by NAME in the prompt; may be repeated.",
+        metavar="FILE[:NAME]",
+        rich_help_panel=PROMPT,
+    ),
+]
+EmbeddingsDir = Annotated[
+    str | None,
+    typer.Option(help="A folder of textual inversions.", metavar="FOLDER", rich_help_panel=PROMPT),
 ]
 Vae = Annotated[
     str | None,

@@ -51,6 +51,12 @@ def command(
         int | None, typer.Option(help="Pictures at once on a GPU; a CPU makes them one by one.", metavar="N")
     ] = None,
     prompt_2: flags.PromptTwo = None,
+    prompt_syntax: flags.PromptSyntax = None,
+    emphasis: flags.Emphasis = None,
+    clip_skip: flags.ClipSkip = None,
+    strict_tokens: flags.StrictTokens = None,
+    embedding: flags.Embedding = None,
+    embeddings_dir: flags.EmbeddingsDir = None,
     from_: Annotated[
         Path | None,
         typer.Option("--from", help="Make this picture again; other flags change it.", metavar="PICTURE"),

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from sdxl_cli.generation.weights import FileWeights
 
 PANEL = "Generate"
+TEXTS = ("prompt", "prompt_2", "negative_prompt")
+READING = ("prompt_syntax", "emphasis", "embedding", "embeddings_dir")
+"""Without these the texts would mean something else than they did."""
 
 
 def command(
@@ -43,6 +46,12 @@ def command(
     scheduler: flags.Scheduler = None,
     seed: flags.Seed = None,
     prompt_2: flags.PromptTwo = None,
+    prompt_syntax: flags.PromptSyntax = None,
+    emphasis: flags.Emphasis = None,
+    clip_skip: flags.ClipSkip = None,
+    strict_tokens: flags.StrictTokens = None,
+    embedding: flags.Embedding = None,
+    embeddings_dir: flags.EmbeddingsDir = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -96,14 +105,14 @@ def command(
 
 
 def _request(picture: Path, given: dict[str, Any]) -> RefineRequest:
-    """What is asked for; the prompts come from the picture when no flag has them."""
+    """What is asked for; the prompts come from the picture when no flag has them, and how they are read too."""
     from sdxl_cli.generation.metadata import read_record
     from sdxl_cli.generation.request import RefineRequest
 
     stored = read_record(picture)
     asked = flags.flags_of(RefineRequest, given)
     if asked["prompt"] is None and stored is not None:
-        for name in ("prompt", "prompt_2", "negative_prompt"):
+        for name in (*TEXTS, *READING):
             asked[name] = asked[name] if asked[name] is not None else getattr(stored.request, name)
     if asked["prompt"] is None:
         raise UsageError(f"{picture}: does not say what it shows; give --prompt")

@@ -167,7 +167,7 @@ def _at_commas(sections: Iterable[Iterable[Unit]]) -> list[Chunk]:
         for unit in section:
             if unit[0].id == COMMA:
                 comma = len(current)
-            elif len(current) == MAX_TOKENS and 0 <= comma and MAX_TOKENS - comma <= BACKTRACK:
+            elif len(current) == MAX_TOKENS and comma >= 0 and MAX_TOKENS - comma <= BACKTRACK:
                 done.append(Chunk(tuple(current[: comma + 1])))
                 current, comma = current[comma + 1 :], -1
             if len(current) + len(unit) > MAX_TOKENS:

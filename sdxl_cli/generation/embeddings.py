@@ -7,11 +7,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sdxl_cli.checkpoint.embedding import SUFFIXES, Embedding, read_embedding
 from sdxl_cli.errors import FileError, UsageError, unknown
 from sdxl_cli.generation.chunks import reference
 
+if TYPE_CHECKING:
+    from sdxl_cli.checkpoint.embedding import Embedding
+
+SUFFIXES = (".safetensors", ".pt", ".bin")
+"""What embedding files are called."""
 _MENTION = re.compile(r"embedding:([^\s,()\[\]:|]+)", re.IGNORECASE)
 
 
@@ -28,6 +33,9 @@ class Book:
         Raises:
             FileError: see :func:`sdxl_cli.checkpoint.embedding.read_embedding`.
         """
+        # torch is not needed to read prompts without embeddings
+        from sdxl_cli.checkpoint.embedding import read_embedding
+
         if name not in self._read:
             self._read[name] = read_embedding(self.files[name])
         return self._read[name]
@@ -107,5 +115,7 @@ def _in_folder(folder: Path) -> dict[str, Path]:
 
 def _no_embedding(asked: str, name: str, files: Mapping[str, Path]) -> UsageError:
     if not files:
-        return UsageError(f"{name}: embedding:{asked}: there is no such embedding; give --embedding FILE:{asked}")
+        return UsageError(
+            f"{name}: embedding:{asked}: there is no such embedding; give --embedding FILE:{asked}"
+        )
     return UsageError(f"{name}: {unknown('embedding', asked, files)}")

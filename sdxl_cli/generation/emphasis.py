@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-Emphasis = Literal["original", "no-norm"]
+from sdxl_cli.generation.prompt_syntax import Emphasis
 
 
 def a1111(features: Tensor, weights: Tensor, emphasis: Emphasis) -> Tensor:

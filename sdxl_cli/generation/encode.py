@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sdxl_cli.diffusion.denoiser import Denoiser
 from sdxl_cli.diffusion.guidance import Guided
 from sdxl_cli.diffusion.schedule import NoiseSchedule
 from sdxl_cli.generation.checks import require_finite
-from sdxl_cli.generation.prompt import PAD_BIG_G, PAD_CLIP_L, Tokenizer
 from sdxl_cli.generation.request import Framing, SamplingRequest
+from sdxl_cli.generation.text_features import encode_text, of_one_length, require_readable
 from sdxl_cli.generation.weights import Weights
 from sdxl_cli.model.conditioning import (
-    Conditioner,
     MicroConditioning,
     TextFeatures,
     conditioning_vector,
@@ -37,26 +35,22 @@ def encode_prompts(request: SamplingRequest, weights: Weights) -> Prompts:
     encoded, the empty one too (facts.md section 4).
 
     Raises:
+        UsageError: the encoders have not the layer asked for.
+        FileError: a learned embedding that is mentioned is for another model.
         NumericError: a feature is not finite.
     """
+    reader = request.reader()
+    require_readable(request.texts(), reader, weights.config)
     encoders = weights.text()
-    positive = encode_text(encoders, request.prompt, request.prompt_2, weights.device)
+    positive = encode_text(encoders, request.prompt, request.prompt_2, weights.device, reader)
     if request.negative_prompt or weights.config.is_refiner:
-        negative = encode_text(encoders, request.negative_prompt or "", None, weights.device)
+        negative = encode_text(encoders, request.negative_prompt or "", None, weights.device, reader)
     else:
         negative = positive.zeros()
     for features in (positive, negative):
         for values in (features.crossattn, features.pooled):
             require_finite(values, "the text encoders", weights.dtype, "--dtype")
-    return Prompts(positive, negative)
-
-
-def encode_text(encoders: Conditioner, text: str, text_2: str | None, device: torch.device) -> TextFeatures:
-    """Features of one text [1, 77, ctx] and [1, embed]; ``text_2``, when given, is what bigG reads."""
-    tokenizer = Tokenizer.default()
-    rows = (tokenizer.row(text, PAD_CLIP_L), tokenizer.row(text if text_2 is None else text_2, PAD_BIG_G))
-    ids_l, ids_g = (torch.tensor([row], device=device) for row in rows)
-    return encoders.text(ids_l, ids_g)
+    return Prompts(*of_one_length(positive, negative))
 
 
 def guided(

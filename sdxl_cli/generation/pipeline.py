@@ -21,7 +21,7 @@ from sdxl_cli.generation.observe import Step, stage, step
 from sdxl_cli.generation.picture import Pixels
 from sdxl_cli.generation.plan import Plan
 from sdxl_cli.generation.prompt import Tokenizer
-from sdxl_cli.generation.request import GenerateRequest
+from sdxl_cli.generation.request import GenerateRequest, SamplingRequest, token_counts
 from sdxl_cli.generation.weights import Weights
 
 T = TypeVar("T")
@@ -87,7 +87,7 @@ def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
         with stage(report, "text"):
             prompts.append(encode_prompts(request, weights))
         weights.release()
-    warn_of_unknown_words(request.prompt, models.base, report)
+    tell_of_prompts(request, models.base, report)
     seeds = [request.seed + index for index in range(request.num_images)]
     batch = _batch(request, models.base)
     stay = all(weights.stays for weights, _ in experts)
@@ -121,7 +121,7 @@ def refine(plan: Plan, pixels: Pixels, weights: Weights, report: Reporter) -> Pi
     """
     with stage(report, "text"):
         prompts = encode_prompts(plan.request, weights)
-    warn_of_unknown_words(plan.request.prompt, weights, report)
+    tell_of_prompts(plan.request, weights, report)
     weights.release()
     streams = NoiseStreams([plan.request.seed])
     with stage(report, "vae"):
@@ -223,11 +223,16 @@ def decode(latent: Tensor, weights: Weights) -> Pixels:
     return pixels
 
 
-def warn_of_unknown_words(prompt: str, weights: Weights, report: Reporter) -> None:
-    """Say which words of a prompt a small vocabulary does not have: they are all one word to such a model."""
+def tell_of_prompts(request: SamplingRequest, weights: Weights, report: Reporter) -> None:
+    """Say how long long prompts are, and which words a small vocabulary lacks: to it they are all one word."""
+    for name, (tokens, chunks) in token_counts(request).items():
+        if chunks > 1:
+            report.note(f"{'' if name == 'prompt' else f'{name}, '}tokens: {tokens} → {chunks} chunks")
     if weights.known_token_ids is None:
         return
-    if words := Tokenizer.default().unknown_words(prompt, weights.known_token_ids):
+    reader, tokenizer = request.reader(), Tokenizer.default()
+    texts = [reader.plain(text, name) for name, text in request.texts().items()]
+    if words := tokenizer.unknown_words(" ".join(texts), weights.known_token_ids):
         report.warn(f"this model never saw the word{'s' if len(words) > 1 else ''} {', '.join(words)}")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import ftfy
 import regex
 
-from sdxl_cli.errors import FileError, UsageError
+from sdxl_cli.errors import FileError
 
 START, END = 49406, 49407
 CONTEXT_LENGTH = 77
@@ -83,30 +83,6 @@ class Tokenizer:
         """The 77 ids an encoder reads: start, at most 75 tokens of ``text``, end, ``padding``."""
         ids = [START, *self.encode(text)[:MAX_TOKENS], END]
         return ids + [padding] * (CONTEXT_LENGTH - len(ids))
-
-    def require_fit(self, text: str, name: str) -> None:
-        """Refuse a text of which the encoders would read only a part.
-
-        Args:
-            text: the prompt as typed.
-            name: what to call it in the error, such as ``"prompt"``.
-
-        Raises:
-            UsageError: ``text`` has more than 75 tokens; the error quotes what would be cut.
-        """
-        words = self.words(text)
-        total = sum(len(word.ids) for word in words)
-        if total <= MAX_TOKENS:
-            return
-        used = 0
-        for word in words:
-            used += len(word.ids)
-            if used > MAX_TOKENS:
-                lost = clean(text)[word.start :]
-                raise UsageError(
-                    f"{name}: {total} tokens, and the text encoders read {MAX_TOKENS}; shorten it: "
-                    f"this would be cut: {lost!r}"
-                )
 
     def unknown_words(self, text: str, known: frozenset[int]) -> list[str]:
         """Words of ``text`` with a token outside ``known``, each once, in order.

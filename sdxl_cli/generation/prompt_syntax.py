@@ -15,6 +15,8 @@ from typing import Literal
 from sdxl_cli.errors import UsageError
 
 Syntax = Literal["a1111", "comfy", "raw"]
+Emphasis = Literal["original", "no-norm"]
+"""What A1111's weights do: "Original" or "No norm" in its settings."""
 
 STEP = 1.1
 """What one pair of brackets without a number multiplies by."""
@@ -33,10 +35,10 @@ Section = tuple[Span, ...]
 
 
 def parse(text: str, syntax: Syntax, name: str = "prompt", *, composes: bool = True) -> tuple[Section, ...]:
-    """Read a prompt.
+    r"""Read a prompt.
 
     - ``a1111``: ``(more)`` is 1.1, ``[less]`` is 1/1.1, ``(word:1.3)`` is 1.3, nested ones multiply; what is left
-      open ends at the end; ``\\(`` is a bracket; ``BREAK`` begins a new section (modules/prompt_parser.py of
+      open ends at the end; ``\(`` is a bracket; ``BREAK`` begins a new section (modules/prompt_parser.py of
       stable-diffusion-webui, except that there a ``BREAK`` inside brackets is a word, here a break).
     - ``comfy``: ``(more)`` is 1.1 times what surrounds it, ``(word:1.3)`` is 1.3 whatever surrounds it; what is left
       open is plain text, and so are ``[ ]`` and ``BREAK`` (comfy/sd1_clip.py of ComfyUI).
@@ -58,11 +60,6 @@ def parse(text: str, syntax: Syntax, name: str = "prompt", *, composes: bool = T
     if syntax == "a1111" and composes:
         _refuse_composition(text, name)
     return _PARSERS[syntax](text, name)
-
-
-def plain_text(sections: tuple[Section, ...]) -> str:
-    """The words alone, without brackets and weights."""
-    return " ".join(span.text for section in sections for span in section)
 
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"

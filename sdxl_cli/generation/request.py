@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeVar
 
-from sdxl_cli.generation.prompt import Tokenizer
+from sdxl_cli.errors import UsageError
+from sdxl_cli.generation.embeddings import open_book
+from sdxl_cli.generation.prompt import MAX_TOKENS
+from sdxl_cli.generation.prompt_syntax import Emphasis, Syntax
+from sdxl_cli.generation.reading import Reader
 from sdxl_cli.generation.sizes import (
     Size,
     format_size,
@@ -57,6 +61,18 @@ class SamplingRequest:
     """What the picture should not be. None: the base gets zeros in its place, as the original does."""
     prompt_2: str | None = None
     """The prompt that the bigG text encoder reads. None: the same as CLIP-L's."""
+    prompt_syntax: Syntax = "a1111"
+    """How brackets in prompts are read; see :func:`sdxl_cli.generation.prompt_syntax.parse`."""
+    emphasis: Emphasis = "original"
+    """What A1111's weights do to the features; see :func:`sdxl_cli.generation.emphasis.a1111`."""
+    clip_skip: int = 2
+    """The layer of both text encoders that is read, counted from the end: 1 is the last, 2 SDXL's own."""
+    strict_tokens: bool = False
+    """Whether a prompt of more than one chunk of 75 tokens is refused."""
+    embedding: tuple[str, ...] = ()
+    """Textual inversion files, ``FILE`` or ``FILE:NAME``."""
+    embeddings_dir: str | None = None
+    """A folder of more of them, each called by its file's name."""
     model: str | None = None
     """File, diffusers folder or name of the model. None: the released one, else the bundled one."""
     vae: str | None = None
@@ -87,8 +103,33 @@ class SamplingRequest:
             raise ValueError(f"steps {self.steps}: at least 1 is needed")
         if not self.cfg_scale >= 0:
             raise ValueError(f"cfg_scale {self.cfg_scale}: must be 0 or more (1 is no guidance)")
+        if self.clip_skip < 1:
+            raise ValueError(f"clip_skip {self.clip_skip}: 1 is the last layer, 2 SDXL's own")
+        if self.emphasis != "original" and self.prompt_syntax != "a1111":
+            raise ValueError(
+                f"emphasis {self.emphasis} is A1111's; prompt_syntax {self.prompt_syntax} has no such choice"
+            )
         if not RANDOM_SEED <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: must be 0 or more, or -1 for a random one")
+
+    def texts(self) -> dict[str, str]:
+        """All prompts there are, by what they are called in messages."""
+        named = {
+            "prompt": self.prompt,
+            "prompt 2": self.prompt_2,
+            "negative prompt": self.negative_prompt,
+        }
+        return {name: text for name, text in named.items() if text is not None}
+
+    def reader(self) -> Reader:
+        """How these prompts are to be read.
+
+        Raises:
+            FileError: a file of a learned embedding, or the folder of them, is missing.
+            UsageError: two embeddings have one name.
+        """
+        book = open_book(self.embedding, self.embeddings_dir)
+        return Reader(self.prompt_syntax, self.emphasis, self.clip_skip, book)
 
     def frame(self, size: Size) -> Framing:
         """The sizes the model is told, for a picture of ``size``.
@@ -187,19 +228,33 @@ def with_seed(request: Request) -> Request:
 
 
 def require_prompts_fit(request: SamplingRequest) -> None:
-    """Refuse prompts that the text encoders would read only in part.
+    """Refuse prompts that cannot be read as they are meant; nothing is ever cut off.
 
     Raises:
-        UsageError: one has more than 75 tokens; the text quotes what would be cut.
+        UsageError: one asks for something this program does not do, or mentions an embedding that is not there; or
+            one is longer than what the encoders read at a time, and ``strict_tokens`` is set.
+        FileError: a file of a learned embedding is missing, damaged or for another architecture.
     """
-    tokenizer = Tokenizer.default()
-    texts = {
-        "prompt": request.prompt,
-        "prompt 2": request.prompt_2,
-        "negative prompt": request.negative_prompt,
-    }
-    for name, text in texts.items():
-        tokenizer.require_fit(text or "", name)
+    reader = request.reader()
+    for name, text in request.texts().items():
+        chunks = reader.chunks(text, name)
+        if request.strict_tokens and len(chunks) > 1:
+            total = sum(len(chunk.tokens) for chunk in chunks)
+            raise UsageError(
+                f"{name}: {total} tokens in {len(chunks)} chunks, and --strict-tokens allows one of {MAX_TOKENS}; "
+                f"shorten it, or leave --strict-tokens out"
+            )
+
+
+def token_counts(request: SamplingRequest) -> dict[str, tuple[int, int]]:
+    """Tokens and chunks of every prompt, by what it is called; CLIP-L and bigG count the same.
+
+    Raises:
+        UsageError, FileError: as :func:`require_prompts_fit`.
+    """
+    reader = request.reader()
+    read = {name: reader.chunks(text, name) for name, text in request.texts().items()}
+    return {name: (sum(len(chunk.tokens) for chunk in chunks), len(chunks)) for name, chunks in read.items()}
 
 
 def _size_or(text: str | None, name: str, default: Size) -> Size:

@@ -15,10 +15,11 @@ from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.errors import NumericError
 from sdxl_cli.generation import pipeline
-from sdxl_cli.generation.encode import encode_prompts, encode_text, guided
+from sdxl_cli.generation.encode import encode_prompts, guided
 from sdxl_cli.generation.pipeline import Models, Picture, Run, generate, refine
 from sdxl_cli.generation.plan import plan_generation, plan_refinement
 from sdxl_cli.generation.request import GenerateRequest, RefineRequest
+from sdxl_cli.generation.text_features import encode_text
 from sdxl_cli.generation.weights import FileWeights, LoadedWeights
 
 REQUEST = GenerateRequest(prompt="a red guitar", seed=5, steps=4, sampler="euler", scheduler="sgm")
