@@ -6,17 +6,14 @@ models are told apart by their width and refused: the vectors of one model mean 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
 
-from sdxl_cli.checkpoint.tensor_file import TensorFile
+from sdxl_cli.checkpoint.opening import open_files
 from sdxl_cli.errors import FileError
 from sdxl_cli.model.config import ModelConfig
 
@@ -70,12 +67,13 @@ def read_embedding(path: Path) -> Embedding:
         FileError: the file is missing, damaged, no textual inversion, or one for another architecture, which the text
             names.
     """
-    state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-    halves = [next((state[key] for key in keys if key in state), None) for keys in _KEYS]
-    clip_l, clip_g = (half if isinstance(half, Tensor) else None for half in halves)
-    if clip_l is None or clip_g is None:
-        raise FileError(f"{path} is {_other(state)}; an embedding for SDXL has clip_l and clip_g")
-    clip_l, clip_g = (half.reshape(-1, half.shape[-1]).float() for half in (clip_l, clip_g))
+    tensors = open_files([path])
+    names = [next((key for key in keys if tensors.shapes.get(key)), None) for keys in _KEYS]
+    if None in names:
+        raise FileError(f"{path} is {_other(tensors.shapes)}; an embedding for SDXL has clip_l and clip_g")
+    clip_l, clip_g = (
+        tensors.read(name, torch.float32).reshape(-1, tensors.shapes[name][-1]) for name in names if name
+    )
     if len(clip_l) != len(clip_g):
         raise FileError(
             f"{path}: {len(clip_l)} vectors for CLIP-L and {len(clip_g)} for bigG; the file is damaged"
@@ -88,36 +86,10 @@ def read_embedding(path: Path) -> Embedding:
     return Embedding(path, clip_l, clip_g)
 
 
-def _safetensors(path: Path) -> Mapping[str, Any]:
-    file = TensorFile(path)
-    # an embedding is small; what is not one need not be read to be refused
-    if len(file.shapes) > 2 * len(_KEYS):
-        raise FileError(f"{path} has {len(file.shapes)} tensors; it is no textual inversion")
-    return {name: file.read(name) for name in file.shapes}
-
-
-def _pickled(path: Path) -> Mapping[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise FileError(f"{path}: no such file") from error
-    except pickle.UnpicklingError as error:
-        raise FileError(
-            f"{path} holds more than tensors, or is damaged, and is not opened because it could run code; "
-            "get the .safetensors file"
-        ) from error
-    except (OSError, RuntimeError, EOFError, BadZipFile, ValueError, KeyError, IndexError) as error:
-        raise FileError(f"{path} cannot be read as a textual inversion; download it again") from error
-    return state if isinstance(state, Mapping) else {}
-
-
-def _other(state: Mapping[str, Any]) -> str:
+def _other(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """What a file that is no embedding for SDXL is, in words."""
     # A1111 saves {"string_to_param": {"*": [n, width]}}, diffusers {"<word>": [width]}, others {"emb_params": ...}
-    values = state.get("string_to_param", state)
-    tensors = [
-        value for value in getattr(values, "values", list)() if isinstance(value, Tensor) and value.ndim
-    ]
-    if len(tensors) == 1 and (name := _ARCHITECTURES.get(tensors[0].shape[-1])):
+    vectors = [shape for shape in shapes.values() if shape]
+    if len(vectors) == 1 and (name := _ARCHITECTURES.get(vectors[0][-1])):
         return f"a textual inversion for {name}"
     return "no textual inversion for any Stable Diffusion model"

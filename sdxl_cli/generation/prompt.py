@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import html
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +58,8 @@ class Tokenizer:
         self.vocabulary = _vocabulary(merges)
         self._rank = {pair: rank for rank, pair in enumerate(merges)}
         self._letters = _byte_letters()
+        self._bytes = {letter: bytes([byte]) for byte, letter in self._letters.items()}
+        self._pieces_by_id = list(self.vocabulary)
         self._cache: dict[str, tuple[int, ...]] = {}
 
     @classmethod
@@ -78,6 +81,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without start, end and padding."""
         return [token for word in self.words(text) for token in word.ids]
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The words of token ids, cleaned as :func:`clean` does, with a space after each."""
+        letters = "".join(self._pieces_by_id[token] for token in ids).replace("</w>", " ")
+        spelled = bytes(
+            byte for letter in letters for byte in self._bytes.get(letter, letter.encode("utf-8"))
+        )
+        return spelled.decode("utf-8", errors="replace").strip()
 
     def row(self, text: str, padding: int) -> list[int]:
         """The 77 ids an encoder reads: start, at most 75 tokens of ``text``, end, ``padding``."""

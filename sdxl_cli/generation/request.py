@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeVar
 
 from sdxl_cli.errors import UsageError
+from sdxl_cli.generation.chunks import Chunk
 from sdxl_cli.generation.embeddings import open_book
-from sdxl_cli.generation.prompt import MAX_TOKENS
+from sdxl_cli.generation.prompt import MAX_TOKENS, Tokenizer
 from sdxl_cli.generation.prompt_syntax import Emphasis, Syntax
 from sdxl_cli.generation.reading import Reader
 from sdxl_cli.generation.sizes import (
@@ -239,11 +240,7 @@ def require_prompts_fit(request: SamplingRequest) -> None:
     for name, text in request.texts().items():
         chunks = reader.chunks(text, name)
         if request.strict_tokens and len(chunks) > 1:
-            total = sum(len(chunk.tokens) for chunk in chunks)
-            raise UsageError(
-                f"{name}: {total} tokens in {len(chunks)} chunks, and --strict-tokens allows one of {MAX_TOKENS}; "
-                f"shorten it, or leave --strict-tokens out"
-            )
+            raise UsageError(f"{name}: {_beyond(chunks)}")
 
 
 def token_counts(request: SamplingRequest) -> dict[str, tuple[int, int]]:
@@ -255,6 +252,15 @@ def token_counts(request: SamplingRequest) -> dict[str, tuple[int, int]]:
     reader = request.reader()
     read = {name: reader.chunks(text, name) for name, text in request.texts().items()}
     return {name: (sum(len(chunk.tokens) for chunk in chunks), len(chunks)) for name, chunks in read.items()}
+
+
+def _beyond(chunks: Sequence[Chunk]) -> str:
+    ids = [token.id for chunk in chunks[1:] for token in chunk.tokens if token.vector is None]
+    total = sum(len(chunk.tokens) for chunk in chunks)
+    return (
+        f"{total} tokens in {len(chunks)} chunks of {MAX_TOKENS}, and --strict-tokens allows one; shorten it: "
+        f"this is beyond the first: {Tokenizer.default().text(ids)!r}"
+    )
 
 
 def _size_or(text: str | None, name: str, default: Size) -> Size:
