@@ -36,7 +36,6 @@ class Folder:
 
     components: tuple[Component, ...]
     config: ModelConfig
-    in_channels: int
     prediction: Prediction
     zero_terminal_snr: bool
 
@@ -83,7 +82,6 @@ def read_pipeline(path: Path, variant: str | None) -> Folder:
     return Folder(
         components=tuple(Component(name, weights(path / name, name, variant)) for name in present),
         config=config,
-        in_channels=int(settings["unet"].get("in_channels", 4)),
         prediction="v" if scheduler.get("prediction_type") == "v_prediction" else "eps",
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
     )
@@ -186,7 +184,7 @@ def unet_config(values: Mapping[str, Any]) -> UNetConfig:
     if values.get("addition_embed_type") != "text_time" or not values.get("use_linear_projection"):
         raise ValueError("its U-Net takes no size conditioning or has convolutional projections")
     return UNetConfig(
-        in_channels=4,
+        in_channels=int(values.get("in_channels", 4)),
         out_channels=int(values.get("out_channels", 4)),
         model_channels=widths[0],
         channel_mult=tuple(width // widths[0] for width in widths),

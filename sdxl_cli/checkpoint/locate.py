@@ -36,7 +36,7 @@ _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 """Of files of tensors."""
 
 _ACCEPTED: dict[Role, tuple[Kind, ...]] = {
-    "base": ("base",),
+    "base": ("base", "inpaint"),
     "refiner": ("refiner",),
     "vae": ("vae", "base", "refiner", "inpaint"),
     "model": ("base", "refiner"),
@@ -50,7 +50,7 @@ _WANTED: dict[Role, str] = {
 _ADVICE: dict[Kind, str] = {
     "base": "give it with --model",
     "refiner": "give it with --refiner",
-    "inpaint": "only models with 4 input channels can be used here",
+    "inpaint": "it can make and repaint pictures with --model of sdxl generate, and nothing else",
     "vae": "give it with --vae, beside a model",
     "unet": "it lacks the text encoders; give the whole checkpoint or its diffusers folder",
     "text encoder": "give the whole checkpoint",
@@ -228,9 +228,9 @@ def _pipeline(path: Path, variant: str | None) -> ModelFiles:
     folder = diffusers_folder.read_pipeline(path, variant)
     kind: Kind = "refiner" if folder.config.is_refiner else "base"
     label = f"an SDXL {kind} model"
-    if folder.in_channels != folder.config.unet.in_channels:
-        kind = "inpaint" if folder.in_channels == 9 else "other"
-        label = f"an SDXL model with {folder.in_channels} input channels"
+    if (channels := folder.config.unet.in_channels) != folder.config.vae.z_channels:
+        kind = "inpaint" if channels == 9 else "other"
+        label = f"an SDXL model with {channels} input channels"
     shapes = [
         shape
         for component in folder.components

@@ -10,6 +10,7 @@ import typer
 
 from sdxl_cli import console as consoles
 from sdxl_cli import presets
+from sdxl_cli.commands import _canvas as canvas
 from sdxl_cli.commands import _sampling as flags
 from sdxl_cli.commands._options import Config, Json, Preset, Quiet, Set
 from sdxl_cli.errors import UsageError
@@ -61,6 +62,18 @@ def command(
         Path | None,
         typer.Option("--from", help="Make this picture again; other flags change it.", metavar="PICTURE"),
     ] = None,
+    init_img: canvas.InitImg = None,
+    strength: canvas.Strength = None,
+    exact_steps: canvas.ExactSteps = None,
+    resize_mode: canvas.ResizeMode = None,
+    background: canvas.Background = None,
+    mask: canvas.Mask = None,
+    invert_mask: canvas.InvertMask = None,
+    mask_blur: canvas.MaskBlur = None,
+    mask_content: canvas.MaskContent = None,
+    only_masked: canvas.OnlyMasked = None,
+    mask_padding: canvas.MaskPadding = None,
+    outpaint: canvas.Outpaint = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -199,6 +212,8 @@ def _prepare(
         warn_of_another_model(stored, files[0], console)
     weights = open_weights(files, request, console)
     models = Models(base=weights[0], refiner=weights[1] if len(weights) > 1 else None)
+    if plan.canvas is not None:
+        console.note(f"{plan.canvas.describe()}; strength {request.share_of_noise:g}: {plan.share()}")
     height, width = plan.framing.size
     console.note(f"{width}x{height}, {plan.split()}, {plan.sampler.label}, cfg {request.cfg_scale:g}")
     return plan, models
@@ -220,10 +235,12 @@ def _make(plan: Plan, models: Models, place: Target, console: Console, *, keep_r
     """Make, write and name every picture, as soon as it is there."""
     from sdxl_cli.generation.picture import Texts
     from sdxl_cli.generation.pipeline import generate, record
+    from sdxl_cli.generation.session import source_of
 
     started, made = time.perf_counter(), []
+    source = source_of(plan.request) if keep_record else None
     for picture in generate(plan, models, console):
-        texts = record(plan, models, picture.seed).texts() if keep_record else Texts()
+        texts = record(plan, models, picture.seed, source=source).texts() if keep_record else Texts()
         path = place.save(picture.pixels, picture.seed, texts)
         console.print_result(str(path))
         made.append({"path": path, "seed": picture.seed})

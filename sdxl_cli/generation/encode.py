@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from sdxl_cli.diffusion.denoiser import Denoiser
+from sdxl_cli.diffusion.denoiser import Denoiser, Network
 from sdxl_cli.diffusion.guidance import Guided
 from sdxl_cli.diffusion.schedule import NoiseSchedule
 from sdxl_cli.generation.checks import require_finite
@@ -60,8 +61,12 @@ def guided(
     request: SamplingRequest,
     schedule: NoiseSchedule,
     batch: int,
+    seen: Tensor | None = None,
 ) -> Guided:
-    """The guided denoiser of ``batch`` pictures: the U-Net with both prompts and all micro-conditions."""
+    """The guided denoiser of ``batch`` pictures: the U-Net with both prompts and all micro-conditions.
+
+    ``seen`` [batch, 5, h, w] is what an inpainting U-Net reads beside the latents.
+    """
     positive, negative = micro_conditions(framing, request)
     sides = ((prompts.negative, negative), (prompts.positive, positive))
     crossattn = tuple(_repeat(text.crossattn, batch) for text, _ in sides)
@@ -69,11 +74,26 @@ def guided(
         _repeat(conditioning_vector(weights.config, text.pooled, [m]), batch) for text, m in sides
     )
     return Guided(
-        denoiser=Denoiser(weights.unet(), schedule, weights.prediction),
+        denoiser=Denoiser(_network(weights, seen), schedule, weights.prediction),
         crossattn=(crossattn[0], crossattn[1]),
         vector=(vectors[0], vectors[1]),
         cfg_scale=request.cfg_scale,
     )
+
+
+def _network(weights: Weights, seen: Tensor | None) -> Network:
+    """The U-Net as the denoiser calls it: with latents alone."""
+    unet = weights.unet()
+    if seen is None or weights.config.unet.in_channels == weights.config.vae.z_channels:
+        return unet
+    beside = seen
+
+    def inpainting(x: Tensor, indices: Tensor, crossattn: Tensor, vector: Tensor) -> Tensor:
+        # guidance asks for several sides of the same pictures at once
+        rest = beside.to(x).repeat(len(x) // len(beside), 1, 1, 1)
+        return unet(torch.cat([x, rest], dim=1), indices, crossattn, vector)
+
+    return inpainting
 
 
 def micro_conditions(

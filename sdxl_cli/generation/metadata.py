@@ -116,6 +116,9 @@ class Record:
         }
         if isinstance(request, RefineRequest):
             fields["Denoising strength"] = f"{request.strength:g}"
+        if isinstance(request, GenerateRequest) and request.init_img is not None:
+            fields["Denoising strength"] = f"{request.share_of_noise:g}"
+            fields["Mask blur"] = request.mask_blur if request.mask is not None else None
         fields["RNG"] = "CPU"
         if isinstance(request, GenerateRequest) and (refiner := models.get("refiner")):
             short = f" [{refiner.short_hash}]" if refiner.short_hash else ""

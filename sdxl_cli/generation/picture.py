@@ -142,8 +142,8 @@ def read_texts(path: Path) -> Texts:
     return Texts(parameters, record)
 
 
-def read_pixels(path: Path) -> Pixels:
-    """A picture as [H, W, 3] RGB, turned as its EXIF orientation says; transparency becomes white.
+def read_pixels(path: Path, *, background: tuple[int, int, int] = (255, 255, 255)) -> Pixels:
+    """A picture as [H, W, 3] RGB, turned as its EXIF orientation says; ``background`` shows through transparency.
 
     Raises:
         FileError: the file is missing, damaged, or is no picture.
@@ -153,8 +153,8 @@ def read_pixels(path: Path) -> Pixels:
             upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
+                behind = Image.new("RGBA", upright.size, background)
+                upright = Image.alpha_composite(behind, upright)
             return np.asarray(upright.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             raise FileError(

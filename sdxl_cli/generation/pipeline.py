@@ -8,12 +8,12 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from sdxl_cli.diffusion.guidance import Guided
 from sdxl_cli.diffusion.noise import NoiseStreams
-from sdxl_cli.generation.checks import FiniteWatch, require_finite
+from sdxl_cli.generation.autoencode import decode, encode, to_image
+from sdxl_cli.generation.checks import FiniteWatch
 from sdxl_cli.generation.device import NAMES, describe
 from sdxl_cli.generation.encode import Prompts, encode_prompts, guided
 from sdxl_cli.generation.metadata import Kind, Record
@@ -22,6 +22,7 @@ from sdxl_cli.generation.picture import Pixels
 from sdxl_cli.generation.plan import Plan
 from sdxl_cli.generation.prompt import Tokenizer
 from sdxl_cli.generation.request import GenerateRequest, SamplingRequest, token_counts
+from sdxl_cli.generation.start import PLAIN, Held, Source, Start, encode_source
 from sdxl_cli.generation.weights import Weights
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class Picture:
 
 @torch.inference_mode()
 def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
-    """Make the pictures of a text-to-picture plan, one seed after the other.
+    """Make the pictures of a plan, one seed after the other.
 
     Args:
         plan: made by ``plan_generation`` for these models.
@@ -88,11 +89,13 @@ def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
             prompts.append(encode_prompts(request, weights))
         weights.release()
     tell_of_prompts(request, models.base, report)
+    with stage(report, "vae"):
+        source = encode_source(plan, models.base)
     seeds = [request.seed + index for index in range(request.num_images)]
     batch = _batch(request, models.base)
     stay = all(weights.stays for weights, _ in experts)
     for wave in _groups(seeds, batch if stay else len(seeds)):
-        runs = [Run(plan, group, models.base, NoiseStreams(group)) for group in _groups(wave, batch)]
+        runs = [started(plan, group, models.base, source) for group in _groups(wave, batch)]
         for (weights, steps), texts in zip(experts, prompts, strict=True):
             models.release()
             for run in runs:
@@ -102,6 +105,8 @@ def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
             for seed, latent in zip(run.seeds, run.latents, strict=True):
                 with stage(report, "vae"):
                     pixels = decode(latent[None], models.base)
+                if plan.canvas is not None:
+                    pixels = plan.canvas.finish(pixels)
                 yield Picture(pixels, seed)
     models.release()
 
@@ -125,8 +130,8 @@ def refine(plan: Plan, pixels: Pixels, weights: Weights, report: Reporter) -> Pi
     weights.release()
     streams = NoiseStreams([plan.request.seed])
     with stage(report, "vae"):
-        start = encode(pixels, weights, streams)
-    run = Run(plan, [plan.request.seed], weights, streams, start)
+        source = Source(vae=weights.config.vae, picture=encode(to_image(pixels), weights))
+    run = Run(plan, [plan.request.seed], streams, source.start(plan, streams).to(weights.device))
     weights.release()
     run.advance(weights, prompts, plan.steps, report)
     weights.release()
@@ -143,25 +148,16 @@ class Run:
     steps, so that the second continues where the first stopped and no noise is added.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        seeds: Sequence[int],
-        weights: Weights,
-        streams: NoiseStreams,
-        start: Tensor | None = None,
-    ) -> None:
-        """``start`` [B, 4, h, w] are latents to put noise on; without them the run starts from noise alone."""
+    def __init__(self, plan: Plan, seeds: Sequence[int], streams: NoiseStreams, start: Start) -> None:
+        """``start`` is where the pictures of ``seeds`` begin, on the device where the networks run."""
         self.seeds = seeds
+        self.latents = start.x
         self._plan = plan
+        self._start = start
+        self._held: Held | None = None
         self._expert: Guided | None = None
         self._denoised: Tensor | None = None
         self._done = 0
-        vae, (height, width), sigma = weights.config.vae, plan.framing.size, plan.sigmas[0]
-        noise = streams.next((vae.z_channels, height // vae.downsampling, width // vae.downsampling))
-        # from noise alone x has the variance that a clean latent of variance 1 would have with it on top (sgm)
-        latents = noise * (1 + sigma.square()).sqrt() if start is None else start.cpu() + noise * sigma
-        self.latents = latents.to(weights.device)
         self._walk = plan.sampler.steps(self._denoise, self.latents, plan.sigmas, streams)
 
     def advance(self, weights: Weights, prompts: Prompts, steps: int, report: Reporter) -> None:
@@ -176,8 +172,11 @@ class Run:
         watch = FiniteWatch(weights.dtype, "--dtype")
         with stage(report, "unet"):
             self._expert = guided(
-                weights, prompts, plan.framing, plan.request, plan.schedule, len(self.seeds)
+                weights, prompts, plan.framing, plan.request, plan.schedule, len(self.seeds), self._start.seen
             )
+            # an inpainting U-Net sees what is not repainted beside its latents
+            plain = weights.config.unet.in_channels == PLAIN
+            self._held = self._start.held if plain else None
             for latents in report.progress(islice(self._walk, steps), label, total=steps):
                 where = f"the U-Net of the {who}, step {self._done + 1} of {plan.steps} (t={timesteps[self._done]})"
                 watch.see(latents, where)
@@ -190,37 +189,16 @@ class Run:
 
     def _denoise(self, x: Tensor, sigma: float) -> Tensor:
         assert self._expert is not None
-        self._denoised = self._expert(x, sigma)
+        held = self._held
+        denoised = self._expert(x if held is None else held.before(x, sigma), sigma)
+        self._denoised = denoised if held is None else held.after(denoised)
         return self._denoised
 
 
-def encode(pixels: Pixels, weights: Weights, streams: NoiseStreams) -> Tensor:
-    """A picture [H, W, 3] to a latent [1, 4, h, w], fp32: a sample of the posterior, as the original takes it.
-
-    Raises:
-        NumericError: the autoencoder gave NaN or infinity.
-    """
-    vae = weights.vae()
-    image = rearrange(torch.from_numpy(pixels.copy()), "h w c -> 1 c h w").to(weights.device)
-    moments = vae.encode((image.float() / 127.5 - 1).to(weights.vae_dtype))
-    noise = streams.next(moments.mean.shape[1:]).to(moments.mean)
-    latent = vae.to_latent(moments.sample(noise)).float()
-    require_finite(latent, "the autoencoder, encoding", weights.vae_dtype, "--vae-dtype")
-    return latent
-
-
-def decode(latent: Tensor, weights: Weights) -> Pixels:
-    """A latent [1, 4, h, w] to RGB pixels [8h, 8w, 3], uint8.
-
-    Raises:
-        NumericError: the autoencoder gave NaN or infinity.
-    """
-    vae = weights.vae()
-    image = vae.decode(vae.from_latent(latent.float()).to(weights.vae_dtype)).float()
-    require_finite(image, "the autoencoder, decoding", weights.vae_dtype, "--vae-dtype")
-    levels = ((image + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-    pixels: Pixels = rearrange(levels, "1 c h w -> h w c").cpu().numpy()
-    return pixels
+def started(plan: Plan, seeds: Sequence[int], weights: Weights, source: Source) -> Run:
+    """The run of these seeds' pictures, each from its own random numbers and ``source``."""
+    streams = NoiseStreams(seeds)
+    return Run(plan, seeds, streams, source.start(plan, streams).to(weights.device))
 
 
 def tell_of_prompts(request: SamplingRequest, weights: Weights, report: Reporter) -> None:

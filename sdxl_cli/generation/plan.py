@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 
 from torch import Tensor
 
@@ -12,9 +14,11 @@ from sdxl_cli.diffusion.samplers import resolve as resolve_sampler
 from sdxl_cli.diffusion.samplers.base import Sampler
 from sdxl_cli.diffusion.schedule import NoiseSchedule
 from sdxl_cli.errors import UsageError
+from sdxl_cli.generation.canvas import Canvas, open_canvas
 from sdxl_cli.generation.request import (
     Framing,
     GenerateRequest,
+    MaskContent,
     RefineRequest,
     SamplingRequest,
     with_seed,
@@ -36,6 +40,8 @@ class Plan:
     """Noise levels walked through, descending [n + 1]; the last is 0."""
     base_steps: int
     """How many of the n steps the base does; the refiner does the others."""
+    canvas: Canvas | None = None
+    """The picture to start from; None: noise alone."""
 
     @property
     def steps(self) -> int:
@@ -43,9 +49,21 @@ class Plan:
         return len(self.sigmas) - 1
 
     @property
+    def mask_content(self) -> MaskContent:
+        """What the repainted part starts from."""
+        request = self.request
+        return request.mask_content if isinstance(request, GenerateRequest) else "original"
+
+    @property
     def timesteps(self) -> list[int]:
         """The index 0 … 999 that the network is told at each step."""
         return [self.schedule.index_of(sigma) for sigma in self.sigmas[:-1].tolist()]
+
+    def share(self) -> str:
+        """How many of the steps are run: ``17 of 30 steps``."""
+        if isinstance(self.request, GenerateRequest) and self.request.exact_steps:
+            return f"exactly {self.steps} steps"
+        return f"{self.steps} of {self.request.steps} steps"
 
     def split(self) -> str:
         """Who does which steps: ``base: 24 steps t=999→233 | refiner: 6 steps t=199→33``."""
@@ -60,7 +78,7 @@ def plan_generation(
     *,
     buckets: Sequence[Size] = (),
 ) -> Plan:
-    """Settle a text-to-picture request for a model.
+    """Settle a request for a model, and read the picture it starts from.
 
     Args:
         request: as the user asked.
@@ -69,21 +87,27 @@ def plan_generation(
         buckets: (height, width) the model was trained on, for ratios; its square is always among them.
 
     Raises:
-        UsageError: a size, a sampler or a scheduler that does not exist.
+        FileError: a picture is missing or none.
+        UsageError: a size, a sampler or a scheduler that does not exist, or a strength that leaves no step.
     """
     sampler, grid = resolve_sampler(request.sampler), schedules.resolve(request.scheduler)
     models = [config] if refiner is None else [config, refiner]
     multiple = size_multiple(*models)
     native = nearest_multiple((config.native_size, config.native_size), multiple)
     framing = request.framing(native, buckets=[native, *buckets], multiple=multiple)
+    asked = framing.size if request.asks_size else None
+    canvas = open_canvas(request, multiple=multiple, native=native, size=asked)
+    if canvas is not None:
+        framing = request.frame(canvas.size)
     schedule = NoiseSchedule()
-    sigmas = grid(schedule, request.steps)
-    base_steps = request.steps
+    sigmas = lowest(partial(grid, schedule), request.steps, request.share_of_noise, exact=request.exact_steps)
+    base_steps = len(sigmas) - 1
     if refiner is not None:
         base_steps = steps_above(schedule, sigmas, request.refiner_switch_at)
     named = replace(request, sampler=sampler.name, scheduler=grid.__name__)
     return Plan(
-        request=named.fixed(framing.size),
+        request=named.fixed(asked or framing.size),
+        canvas=canvas,
         framing=framing,
         sampler=sampler,
         schedule=schedule,
@@ -100,14 +124,7 @@ def plan_refinement(request: RefineRequest, size: Size) -> Plan:
     """
     sampler, grid = resolve_sampler(request.sampler), schedules.resolve(request.scheduler)
     schedule = NoiseSchedule()
-    # sgm Img2ImgDiscretizationWrapper: the lowest int(strength · (n + 1)) noise levels, 0 included
-    kept = int(request.strength * (request.steps + 1))
-    if kept < 2:
-        raise UsageError(
-            f"--strength {request.strength:g} of {request.steps} steps leaves none to run; "
-            f"give at least --strength {_ceil_hundredths(2 / (request.steps + 1)):g}, or more steps"
-        )
-    sigmas = grid(schedule, request.steps)[-kept:]
+    sigmas = lowest(partial(grid, schedule), request.steps, request.strength)
     return Plan(
         request=with_seed(replace(request, sampler=sampler.name, scheduler=grid.__name__)),
         framing=request.frame(size),
@@ -116,6 +133,31 @@ def plan_refinement(request: RefineRequest, size: Size) -> Plan:
         sigmas=sigmas,
         base_steps=0,
     )
+
+
+def lowest(grid: Callable[[int], Tensor], steps: int, share: float, *, exact: bool = False) -> Tensor:
+    """The noise levels of the last part of a schedule.
+
+    The rule is the original's: of n + 1 levels, 0 included, the lowest int(share · (n + 1)) are kept, which is one
+    step less than that (sgm Img2ImgDiscretizationWrapper).
+
+    Args:
+        grid: number of steps n -> n + 1 levels, descending.
+        steps: of the whole schedule; with ``exact``, of the part that is kept.
+        share: 0 … 1.
+        exact: take a schedule so fine that ``steps`` of it are kept.
+
+    Raises:
+        UsageError: no step is left.
+    """
+    kept = steps + 1 if exact else int(share * (steps + 1))
+    if kept < 2:
+        raise UsageError(
+            f"--strength {share:g} of {steps} steps leaves none to run; "
+            f"give at least --strength {_ceil_hundredths(2 / (steps + 1)):g}, or more steps"
+        )
+    whole = next(n for n in count(steps) if int(share * (n + 1)) >= kept) if exact else steps
+    return grid(whole)[-kept:]
 
 
 def steps_above(schedule: NoiseSchedule, sigmas: Tensor, switch_at: float) -> int:

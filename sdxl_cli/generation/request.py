@@ -27,9 +27,18 @@ from sdxl_cli.generation.sizes import (
 )
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+ResizeMode = Literal["crop", "pad", "stretch", "fit"]
+MaskContent = Literal["original", "noise"]
 RANDOM_SEED = -1
 LARGEST_SEED = 2**32 - 1
 """Seeds drawn for ``-1`` are below this, so that other front ends can be given them."""
+
+_NEEDS = {
+    "init_img": ("strength", "exact_steps", "resize_mode", "mask", "outpaint"),
+    "mask": ("invert_mask", "only_masked"),
+}
+"""Field -> those that say something about it only."""
+_EITHER_OR = (("only_masked", "outpaint"), ("only_masked", "resize_mode"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +182,30 @@ class GenerateRequest(SamplingRequest):
     num_images: int = 1
     batch_size: int = 1
     """Pictures denoised together on an accelerator; on the CPU always one by one."""
+    init_img: str | None = None
+    """The picture to start from. None: noise alone."""
+    strength: float | None = None
+    """Share of the noise levels gone through, 0 … 1. None: 0.75, and 1 with ``outpaint``."""
+    exact_steps: bool = False
+    """Whether ``steps`` is the number that is run, instead of that of which ``strength`` leaves a share."""
+    resize_mode: ResizeMode | None = None
+    """How ``init_img`` is brought to ``size``, when that is given. None: ``crop``."""
+    background: str = "white"
+    """What shows through transparent parts of ``init_img``, and around it with ``resize_mode`` ``pad``."""
+    mask: str | None = None
+    """A picture of what to repaint: white is."""
+    invert_mask: bool = False
+    """Repaint what is black instead."""
+    mask_blur: int = 4
+    """Pixels inside the mask's edge over which the new picture fades in."""
+    mask_content: MaskContent = "original"
+    """What the repainted part starts from, below the noise."""
+    only_masked: bool = False
+    """Work on the masked part alone, enlarged to ``size`` or the model's own area."""
+    mask_padding: int = 32
+    """Pixels around the masked part that ``only_masked`` shows the model."""
+    outpaint: str | None = None
+    """``LEFT,TOP,RIGHT,BOTTOM``: pixels to add around ``init_img``."""
 
     def __post_init__(self) -> None:
         # slots=True makes a new class, which zero-argument super() does not know
@@ -182,6 +215,20 @@ class GenerateRequest(SamplingRequest):
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
+        if self.init_img is not None and self.size is None and (self.width is None) != (self.height is None):
+            raise ValueError("--width and --height: with --init-img give both, or --size")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength {self.strength}: must be above 0, and at most 1")
+        for name in ("mask_blur", "mask_padding"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: must be 0 or more pixels")
+        for needed, names in _NEEDS.items():
+            for name in names:
+                if getattr(self, name) not in (None, False) and getattr(self, needed) is None:
+                    raise ValueError(f"{name} has no meaning without {needed}")
+        for one, other in _EITHER_OR:
+            if all(getattr(self, name) not in (None, False) for name in (one, other)):
+                raise ValueError(f"{one} and {other} do not go together")
 
     def framing(self, native: Size, *, buckets: Sequence[Size], multiple: int) -> Framing:
         """All sizes as numbers.
@@ -200,8 +247,22 @@ class GenerateRequest(SamplingRequest):
             require_multiple(size, "--width/--height", multiple)
         return self.frame(size)
 
+    @property
+    def share_of_noise(self) -> float:
+        """How much of the noise levels is gone through, 0 … 1."""
+        if self.init_img is None:
+            return 1.0
+        return self.strength or (0.75 if self.outpaint is None else 1.0)
+
+    @property
+    def asks_size(self) -> bool:
+        """Whether a size is given, in whichever way."""
+        return any(value is not None for value in (self.size, self.width, self.height))
+
     def fixed(self, size: Size) -> GenerateRequest:
         """The same request with what was left to chance or to the model written down: seed and size."""
+        if self.init_img is not None and not self.asks_size:
+            return with_seed(self)  # the size is the picture's
         return replace(with_seed(self), size=format_size(size), width=None, height=None)
 
 

@@ -16,7 +16,7 @@ from sdxl_cli.generation.device import describe, pick_device, pick_dtype, pick_v
 from sdxl_cli.generation.metadata import Stored
 from sdxl_cli.generation.picture import Pixels, read_texts
 from sdxl_cli.generation.pipeline import Reporter
-from sdxl_cli.generation.request import SamplingRequest
+from sdxl_cli.generation.request import GenerateRequest, SamplingRequest
 from sdxl_cli.generation.sizes import format_size
 from sdxl_cli.generation.weights import FileWeights, can_stay
 
@@ -77,6 +77,17 @@ def fit_to_model(pixels: Pixels, multiple: int, name: str, report: Reporter) -> 
         )
     top, left = (height - keep[0]) // 2, (width - keep[1]) // 2
     return np.ascontiguousarray(pixels[top : top + keep[0], left : left + keep[1]])
+
+
+def source_of(request: SamplingRequest) -> dict[str, Any] | None:
+    """What a picture remembers of the pictures it was made from; None when it was made from noise alone."""
+    if not isinstance(request, GenerateRequest) or request.init_img is None:
+        return None
+    source = source_record(Path(request.init_img).expanduser())
+    if request.mask is not None:
+        mask = Path(request.mask).expanduser()
+        source["mask"] = {"name": mask.name, "sha256": hashlib.sha256(mask.read_bytes()).hexdigest()}
+    return source
 
 
 def source_record(path: Path) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.errors import NumericError
 from sdxl_cli.generation import pipeline
 from sdxl_cli.generation.encode import encode_prompts, guided
-from sdxl_cli.generation.pipeline import Models, Picture, Run, generate, refine
+from sdxl_cli.generation.pipeline import Models, Picture, generate, refine, started
 from sdxl_cli.generation.plan import plan_generation, plan_refinement
 from sdxl_cli.generation.request import GenerateRequest, RefineRequest
+from sdxl_cli.generation.start import encode_source
 from sdxl_cli.generation.text_features import encode_text
 from sdxl_cli.generation.weights import FileWeights, LoadedWeights
 
@@ -169,7 +170,7 @@ def test_the_refiner_continues_from_the_bases_latents_without_noise(models: dict
     assert (plan.base_steps, plan.steps) == (8, 10)
     report = Silent()
     with torch.inference_mode():
-        run = Run(plan, [5], base, NoiseStreams([5]))
+        run = started(plan, [5], base, encode_source(plan, base))
         x = run.latents
         for model, steps in ((base, 8), (refiner, 2)):
             run.advance(model, encode_prompts(plan.request, model), steps, report)
@@ -196,7 +197,7 @@ def test_the_first_latents_have_the_originals_variance(models: dict[str, Path]) 
     """x = randn · sqrt(1 + sigma²), facts.md section 5, drawn on the CPU from the picture's own seed."""
     base = weights(models["base"])
     plan = plan_generation(REQUEST, base.config)
-    run = Run(plan, [5, 6], base, NoiseStreams([5, 6]))
+    run = started(plan, [5, 6], base, encode_source(plan, base))
     for latent, seed in zip(run.latents, (5, 6), strict=True):
         noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed))
         assert torch.allclose(latent, noise * (1 + plan.sigmas[0] ** 2) ** 0.5)

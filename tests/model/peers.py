@@ -147,6 +147,7 @@ def diffusers_unet(ours: nn.Module, config: ModelConfig) -> Any:
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=config.scalar_dim,
+            in_channels=unet.in_channels,
             projection_class_embeddings_input_dim=unet.adm_in_channels,
             norm_num_groups=unet.norm_groups,
         )
