@@ -119,6 +119,7 @@ class Record:
         if isinstance(request, GenerateRequest) and request.init_img is not None:
             fields["Denoising strength"] = f"{request.share_of_noise:g}"
             fields["Mask blur"] = request.mask_blur if request.mask is not None else None
+        fields |= _text_fields(request, models)
         fields["RNG"] = "CPU"
         if isinstance(request, GenerateRequest) and (refiner := models.get("refiner")):
             short = f" [{refiner.short_hash}]" if refiner.short_hash else ""
@@ -161,6 +162,17 @@ def read_record(path: Path) -> Stored | None:
         )
     request = presets.from_table(_REQUESTS[kind], table, path.name)
     return Stored(kind, request, models, values)
+
+
+def _text_fields(request: SamplingRequest, models: Mapping[str, ModelRecord]) -> dict[str, object]:
+    """How the prompts were read, in A1111's words, where it is not how A1111 reads an SDXL prompt by itself."""
+    learned = [model for role, model in models.items() if role.startswith("embedding ")]
+    hashes = ", ".join(f"{model.name}: {model.sha256[:12]}" for model in learned if model.sha256)
+    return {
+        "Clip skip": None if request.clip_skip == 2 else request.clip_skip,
+        "Emphasis": "No norm" if request.emphasis == "no-norm" else None,
+        "TI hashes": hashes or None,
+    }
 
 
 def _quote(text: str) -> str:

@@ -15,13 +15,14 @@ from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.generation.autoencode import decode, encode, to_image
 from sdxl_cli.generation.checks import FiniteWatch
 from sdxl_cli.generation.device import NAMES, describe
+from sdxl_cli.generation.embeddings import sha256
 from sdxl_cli.generation.encode import Prompts, encode_prompts, guided
-from sdxl_cli.generation.metadata import Kind, Record
+from sdxl_cli.generation.metadata import Kind, ModelRecord, Record
 from sdxl_cli.generation.observe import Step, stage, step
 from sdxl_cli.generation.picture import Pixels
 from sdxl_cli.generation.plan import Plan
 from sdxl_cli.generation.prompt import Tokenizer
-from sdxl_cli.generation.request import GenerateRequest, SamplingRequest, token_counts
+from sdxl_cli.generation.request import GenerateRequest, SamplingRequest, token_counts, unmentioned
 from sdxl_cli.generation.start import PLAIN, Held, Source, Start, encode_source
 from sdxl_cli.generation.weights import Weights
 
@@ -206,9 +207,12 @@ def tell_of_prompts(request: SamplingRequest, weights: Weights, report: Reporter
     for name, (tokens, chunks) in token_counts(request).items():
         if chunks > 1:
             report.note(f"{'' if name == 'prompt' else f'{name}, '}tokens: {tokens} → {chunks} chunks")
+    reader, tokenizer = request.reader(), Tokenizer.default()
+    for name in unmentioned(request):
+        how = f"embedding:{name}" if reader.syntax == "comfy" else name
+        report.warn(f"--embedding {name}: no prompt mentions it; write {how} where it is to be")
     if weights.known_token_ids is None:
         return
-    reader, tokenizer = request.reader(), Tokenizer.default()
     texts = [reader.plain(text, name) for name, text in request.texts().items()]
     if words := tokenizer.unknown_words(" ".join(texts), weights.known_token_ids):
         report.warn(f"this model never saw the word{'s' if len(words) > 1 else ''} {', '.join(words)}")
@@ -233,6 +237,8 @@ def record(
     records = main.records(role)
     if kind == "generate" and models.refiner is not None and plan.base_steps < plan.steps:
         records |= models.refiner.records("refiner")
+    for name, path in request.reader().embeddings(request.texts()).items():
+        records |= {f"embedding {name}": ModelRecord(name, sha256(path))}
     run = {
         "device": describe(main.device),
         "dtype": NAMES[main.dtype],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sdxl_cli.generation.chunks import Chunk, chunks, reference
 from sdxl_cli.generation.embeddings import Book
@@ -40,6 +42,12 @@ class Reader:
         texts = [span.text for section in sections for span in section]
         mentioned = self.book.mentioned(texts, name, bare=self.bare_names)
         return chunks(sections, self.syntax, Tokenizer.default(), mentioned, bare=self.bare_names)
+
+    def embeddings(self, texts: Mapping[str, str]) -> dict[str, Path]:
+        """Names and files of the embeddings that prompts, by what they are called, mention."""
+        read = [chunk for name, text in texts.items() for chunk in self.chunks(text, name)]
+        names = dict.fromkeys(vector.name for chunk in read for _, vector in chunk.vectors())
+        return {name: self.book.files[name] for name in names}
 
     def plain(self, text: str, name: str = "prompt") -> str:
         """The words alone, without brackets, weights and embeddings. Raises as :meth:`chunks` does."""

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 from sdxl_cli.errors import UsageError
 from sdxl_cli.generation.chunks import Chunk
-from sdxl_cli.generation.embeddings import open_book
+from sdxl_cli.generation.embeddings import open_book, split_spec
 from sdxl_cli.generation.prompt import MAX_TOKENS, Tokenizer
 from sdxl_cli.generation.prompt_syntax import Emphasis, Syntax
 from sdxl_cli.generation.reading import Reader
@@ -313,6 +313,12 @@ def token_counts(request: SamplingRequest) -> dict[str, tuple[int, int]]:
     reader = request.reader()
     read = {name: reader.chunks(text, name) for name, text in request.texts().items()}
     return {name: (sum(len(chunk.tokens) for chunk in chunks), len(chunks)) for name, chunks in read.items()}
+
+
+def unmentioned(request: SamplingRequest) -> list[str]:
+    """Names of embeddings that were given, one by one, and that no prompt mentions."""
+    mentioned = request.reader().embeddings(request.texts())
+    return [name for _, name in map(split_spec, request.embedding) if name not in mentioned]
 
 
 def _beyond(chunks: Sequence[Chunk]) -> str:

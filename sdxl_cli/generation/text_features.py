@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange, repeat
@@ -72,7 +72,7 @@ def of_one_length(first: TextFeatures, second: TextFeatures) -> tuple[TextFeatur
     return repeated(first), repeated(second)
 
 
-def require_readable(texts: Iterable[str], reader: Reader, config: ModelConfig) -> None:
+def require_readable(texts: Mapping[str, str], reader: Reader, config: ModelConfig) -> None:
     """Refuse what a model's text encoders cannot read, before they are loaded.
 
     Raises:
@@ -82,8 +82,7 @@ def require_readable(texts: Iterable[str], reader: Reader, config: ModelConfig) 
     layers = min(tower.layers for tower in (config.clip_l, config.big_g) if tower is not None)
     if reader.layer > layers:
         raise UsageError(f"--clip-skip {reader.layer}: this model's text encoders allow 1 … {layers}")
-    chunks = (chunk for text in texts for chunk in reader.chunks(text))
-    for name in {vector.name for chunk in chunks for _, vector in chunk.vectors()}:
+    for name in reader.embeddings(texts):
         reader.book[name].require_fit(config)
 
 

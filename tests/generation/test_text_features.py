@@ -194,9 +194,9 @@ def test_diffusers_encodes_the_same(peers: Peers, tmp_path: Path) -> None:
 
 def test_a_layer_the_encoders_lack_is_refused(peers: Peers) -> None:
     for layer in (1, 3):
-        require_readable([], Reader(layer=layer), peers.weights.config)
+        require_readable({}, Reader(layer=layer), peers.weights.config)
     with pytest.raises(UsageError, match=r"--clip-skip 4: .* 1 … 3"):
-        require_readable([], Reader(layer=4), peers.weights.config)
+        require_readable({}, Reader(layer=4), peers.weights.config)
 
 
 def test_a_shorter_second_prompt_is_followed_by_empty_chunks(peers: Peers) -> None:
