@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.progress import Progress
+    from rich.text import Text
 
 T = TypeVar("T")
 Cell = str | int | float | None
@@ -55,6 +56,7 @@ class Console:
         self.quiet = quiet
         self.as_json = as_json
         self._live: Progress | None = None
+        self._picture: Text | None = None
 
     def print_result(self, text: str) -> None:
         """One result (a path, a number) as a line on stdout. Silent with ``--json``; see :meth:`json`."""
@@ -108,11 +110,11 @@ class Console:
             finally:
                 inner.remove()
         else:
-            with _rich_progress() as self._live:
+            with _rich_progress(lambda: self._picture) as self._live:
                 try:
                     yield Bar(self._live, description, total)
                 finally:
-                    self._live = None
+                    self._live = self._picture = None
 
     @overload
     def progress(self, items: int, description: str, *, total: int | None = None) -> Iterator[int]: ...
@@ -132,6 +134,25 @@ class Console:
             for item in iterable:
                 yield item
                 bar.advance()
+
+    def show(self, pixels: Sequence[Sequence[tuple[int, int, int]]]) -> None:
+        """A picture under the bar, in place of the one before; goes when the bar does.
+
+        Args:
+            pixels: rows of (red, green, blue), 0 … 255; two rows share a line of the terminal.
+        """
+        if self._live is not None:
+            self._picture = half_blocks(pixels)
+            self._live.refresh()
+
+    def json_line(self, value: object) -> None:
+        """One of several results as JSON on a line of its own, for programs that read while we write."""
+        if self.as_json:
+            print(
+                json.dumps(to_jsonable(value), ensure_ascii=False, allow_nan=False),
+                file=sys.stdout,
+                flush=True,
+            )
 
     def _say(self, text: str) -> None:
         if self._live is not None:
@@ -225,7 +246,25 @@ def _rich_console(*, stderr: bool) -> RichConsole:
     return RichConsole(stderr=stderr, highlight=False, markup=False)
 
 
-def _rich_progress() -> Progress:
+def half_blocks(pixels: Sequence[Sequence[tuple[int, int, int]]]) -> Text:
+    """Rows of (red, green, blue) as text: the upper half of a character is one row, the lower half the next."""
+    from rich.color import Color
+    from rich.style import Style
+    from rich.text import Text
+
+    text = Text(no_wrap=True)
+    for top in range(0, len(pixels), 2):
+        below = pixels[top + 1] if top + 1 < len(pixels) else None
+        for x, upper in enumerate(pixels[top]):
+            lower = Color.from_rgb(*below[x]) if below is not None else None
+            text.append("▀", Style(color=Color.from_rgb(*upper), bgcolor=lower))
+        text.append("\n")
+    return text
+
+
+def _rich_progress(below: Callable[[], Text | None]) -> Progress:
+    """The bars, with whatever ``below`` gives under them."""
+    from rich.console import Group, RenderableType
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -235,7 +274,12 @@ def _rich_progress() -> Progress:
         TimeRemainingColumn,
     )
 
-    return Progress(
+    class Screen(Progress):
+        def get_renderable(self) -> RenderableType:
+            bars, picture = super().get_renderable(), below()
+            return bars if picture is None else Group(bars, picture)
+
+    return Screen(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from sdxl_cli import console as consoles
 from sdxl_cli import presets
 from sdxl_cli.commands import _canvas as canvas
 from sdxl_cli.commands import _sampling as flags
+from sdxl_cli.commands import _working as working
 from sdxl_cli.commands._options import Config, Json, Preset, Quiet, Set
 from sdxl_cli.errors import UsageError
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from sdxl_cli.checkpoint.files import ModelFiles
     from sdxl_cli.console import Console
     from sdxl_cli.generation.metadata import Stored
-    from sdxl_cli.generation.picture import Target
-    from sdxl_cli.generation.pipeline import Models
-    from sdxl_cli.generation.plan import Plan
     from sdxl_cli.generation.request import GenerateRequest
 
 PANEL = "Generate"
@@ -117,25 +114,43 @@ def command(
     output: flags.Output = None,
     overwrite: flags.Overwrite = False,
     no_metadata: flags.NoMetadata = False,
+    prompts_file: working.PromptsFile = None,
+    sweep: working.Sweep = None,
+    grid: working.Grid = False,
+    interactive: working.Interactive = False,
+    preview: working.Preview = None,
+    preview_path: working.PreviewPath = None,
+    preview_interval: working.PreviewInterval = 1,
+    timings: working.ShowTimings = False,
     preset: Preset = None,
     config: Config = None,
     sets: Set = None,
     quiet: Quiet = False,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Make pictures from a prompt."""
     given = dict(locals())
     console = consoles.configure(quiet=quiet, json=as_json)
 
-    from sdxl_cli.generation.picture import target
-    from sdxl_cli.generation.request import require_prompts_fit
+    from sdxl_cli.generation.jobs import Workshop, expand
+    from sdxl_cli.generation.request import GenerateRequest
+    from sdxl_cli.generation.session import warn_of_another_model
+    from sdxl_cli.generation.sweep import parse_sweeps
 
+    working.check(given)
     request, stored = _request(given)
-    require_prompts_fit(request)
-    files = _locate(request, console)
-    place = target(output, prefix="sdxl", count=request.num_images, overwrite=overwrite)
-    plan, models = _prepare(request, files, stored, console)
-    _make(plan, models, place, console, keep_record=not no_metadata)
+    names = working.aliases(command, GenerateRequest)
+    lines, axes = working.read_prompts(prompts_file, names), parse_sweeps(sweep or (), names)
+    onlooker = working.look_on(given, console)
+    shop = Workshop(lambda asked: _locate(asked, console), _buckets, onlooker)
+    worker = working.Worker(given, console, onlooker, shop)
+    if interactive:
+        return working.converse(worker, request, names)
+    settled = shop.settle_all(expand(request, lines, axes))
+    if stored is not None:
+        warn_of_another_model(stored, settled[0].files[0], console)
+    working.work_all(worker, settled, axes)
+    return 0
 
 
 def _request(given: dict[str, Any]) -> tuple[GenerateRequest, Stored | None]:
@@ -144,6 +159,8 @@ def _request(given: dict[str, Any]) -> tuple[GenerateRequest, Stored | None]:
 
     asked = flags.flags_of(GenerateRequest, given)
     if given["from_"] is None:
+        if asked["prompt"] is None and working.several(given):
+            asked["prompt"] = ""
         if asked["prompt"] is None and not given["config"] and not given["sets"] and not given["preset"]:
             raise UsageError('what should the picture show? For example: sdxl generate "a red guitar"')
         return (
@@ -197,28 +214,6 @@ def _locate(request: GenerateRequest, console: Console) -> list[ModelFiles]:
     return [base, refiner]
 
 
-def _prepare(
-    request: GenerateRequest, files: list[ModelFiles], stored: Stored | None, console: Console
-) -> tuple[Plan, Models]:
-    from sdxl_cli.generation.pipeline import Models
-    from sdxl_cli.generation.plan import plan_generation
-    from sdxl_cli.generation.session import open_weights, warn_of_another_model
-
-    configs = [model.config for model in files]
-    plan = plan_generation(
-        request, *configs, buckets=_buckets(configs[0].native_size) if request.size else ()
-    )
-    if stored is not None:
-        warn_of_another_model(stored, files[0], console)
-    weights = open_weights(files, request, console)
-    models = Models(base=weights[0], refiner=weights[1] if len(weights) > 1 else None)
-    if plan.canvas is not None:
-        console.note(f"{plan.canvas.describe()}; strength {request.share_of_noise:g}: {plan.share()}")
-    height, width = plan.framing.size
-    console.note(f"{width}x{height}, {plan.split()}, {plan.sampler.label}, cfg {request.cfg_scale:g}")
-    return plan, models
-
-
 def _buckets(native: int) -> list[tuple[int, int]]:
     """The (height, width) of all shipped buckets of about ``native`` squared pixels, for ``--size 16:9``."""
     from sdxl_cli.data.buckets import Grid
@@ -229,28 +224,3 @@ def _buckets(native: int) -> list[tuple[int, int]]:
     if any(height != width for height, width in near):
         return near
     return list(Grid(area=native**2, step=64, min_side=native // 2, max_side=native * 2).sizes())
-
-
-def _make(plan: Plan, models: Models, place: Target, console: Console, *, keep_record: bool) -> None:
-    """Make, write and name every picture, as soon as it is there."""
-    from sdxl_cli.generation.picture import Texts
-    from sdxl_cli.generation.pipeline import generate, record
-    from sdxl_cli.generation.session import source_of
-
-    started, made = time.perf_counter(), []
-    source = source_of(plan.request) if keep_record else None
-    for picture in generate(plan, models, console):
-        texts = record(plan, models, picture.seed, source=source).texts() if keep_record else Texts()
-        path = place.save(picture.pixels, picture.seed, texts)
-        console.print_result(str(path))
-        made.append({"path": path, "seed": picture.seed})
-    seconds = time.perf_counter() - started
-    console.note(f"{len(made)} picture{'s' if len(made) > 1 else ''} in {seconds:.1f} s")
-    result = {
-        "pictures": made,
-        "request": plan.request,
-        "resolved": plan.framing.named(),
-        "steps": plan.split(),
-        "seconds": round(seconds, 3),
-    }
-    console.json(result)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdxl_cli import __version__, presets
-from sdxl_cli.errors import FileError
+from sdxl_cli.errors import FileError, UsageError
 from sdxl_cli.generation.picture import Texts, read_texts
 from sdxl_cli.generation.request import Framing, GenerateRequest, RefineRequest, SamplingRequest
 from sdxl_cli.generation.sizes import format_size
@@ -150,6 +150,11 @@ def read_record(path: Path) -> Stored | None:
     try:
         values = json.loads(text)
         kind, version = values["kind"], values["format"]
+        if kind == "grid":
+            raise UsageError(
+                f"{path}: is a grid of {len(values['cells'])} pictures; give one of them, such as "
+                f"{values['cells'][0]['path']}"
+            )
         models = {
             role: ModelRecord(model["name"], model["sha256"]) for role, model in values["models"].items()
         }

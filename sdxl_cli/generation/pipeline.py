@@ -58,6 +58,12 @@ class Models:
         if self.refiner is not None:
             self.refiner.release()
 
+    def forget(self) -> None:
+        """Let go of everything."""
+        self.base.forget()
+        if self.refiner is not None:
+            self.refiner.forget()
+
 
 @dataclass(frozen=True, slots=True)
 class Picture:

@@ -53,6 +53,10 @@ class Weights(Protocol):
         """Let go of whatever need not stay."""
         ...
 
+    def forget(self) -> None:
+        """Let go of everything: another model is next."""
+        ...
+
     def records(self, role: str) -> dict[str, ModelRecord]:
         """What a picture remembers of this model: its name and hash under ``role``, and of a foreign VAE."""
         ...
@@ -95,7 +99,12 @@ class FileWeights:
 
     def release(self) -> None:
         """Free everything, unless this model stays."""
-        if self.stays or not self._loaded:
+        if not self.stays:
+            self.forget()
+
+    def forget(self) -> None:
+        """Free everything."""
+        if not self._loaded:
             return
         self._loaded.clear()
         gc.collect()
@@ -144,6 +153,9 @@ class LoadedWeights:
 
     def release(self) -> None:
         """Nothing: the model belongs to somebody else."""
+
+    def forget(self) -> None:
+        """Nothing, likewise."""
 
     def records(self, role: str) -> dict[str, ModelRecord]:
         """See :class:`Weights`; a model that is not a file has no hash."""

@@ -1,0 +1,160 @@
+"""Many requests in one go: all of them settled before the first picture is made, each model loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from sdxl_cli.checkpoint.files import ModelFiles
+from sdxl_cli.errors import SdxlError, UsageError
+from sdxl_cli.generation.batchfile import Line
+from sdxl_cli.generation.pipeline import Models, Reporter
+from sdxl_cli.generation.plan import Plan, plan_generation
+from sdxl_cli.generation.request import GenerateRequest, require_prompts_fit, with_seed
+from sdxl_cli.generation.session import open_weights
+from sdxl_cli.generation.sizes import Size
+from sdxl_cli.generation.sweep import Axis, combinations
+from sdxl_cli.generation.values import changed
+
+LIGHT_FIELDS = frozenset({
+    "prompt", "negative_prompt", "prompt_2", "steps", "cfg_scale", "sampler", "scheduler", "seed", "original_size",
+    "crop_top_left", "target_size", "aesthetic_score", "negative_original_size", "negative_crop_top_left",
+    "negative_target_size", "negative_aesthetic_score", "refiner_switch_at", "size", "width", "height",
+    "num_images", "batch_size", "init_img", "strength", "exact_steps", "resize_mode", "background", "mask",
+    "invert_mask", "mask_blur", "mask_content", "only_masked", "mask_padding", "outpaint",
+})  # fmt: skip
+"""Fields that another value of needs no other weights. A field that is not listed makes a model load again: slow
+when it need not have been, never wrong."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One request of several."""
+
+    request: GenerateRequest
+    where: str = ""
+    """What to call it in errors and on grids, such as ``prompts.txt:3``; empty for the only one."""
+    output: str | None = None
+    """Where its pictures go, when that is said for it alone."""
+    line: int = 0
+    """Which prompt of a file it is, from 0."""
+    cell: tuple[int, ...] = ()
+    """Its place on each axis of a sweep."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled:
+    """A job about which nothing is open any more; nothing is loaded yet."""
+
+    job: Job
+    files: Sequence[ModelFiles]
+    """Base and, when there is one, refiner."""
+    plan: Plan
+    models: Models
+
+
+def expand(
+    base: GenerateRequest, lines: Sequence[Line], axes: Sequence[Axis], seeded: bool = True
+) -> list[Job]:
+    """All jobs: every line of a prompt file, or the base request itself, with every combination of the sweeps.
+
+    A random seed is drawn once per line, so that the pictures of a sweep differ by what is swept alone.
+
+    Raises:
+        UsageError: a line or a combination that is no request; of a file's lines, all of them are named.
+    """
+    starts = lines or [Line("", {})]
+    jobs: list[Job] = []
+    wrong: list[str] = []
+    for index, line in enumerate(starts):
+        try:
+            request = changed(base, line.changes, line.where) if line.changes else base
+            if not request.prompt and not any(axis.field == "prompt" for axis in axes):
+                raise UsageError(f"{line.where}: has no prompt")
+            if seeded and axes:
+                request = with_seed(request)
+            jobs += [
+                Job(request=made, where=line.where, output=line.output, line=index, cell=cell)
+                for cell, made in combinations(request, axes)
+            ]
+        except UsageError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UsageError("; ".join(wrong))
+    return jobs
+
+
+class Workshop:
+    """Settles jobs, and keeps their models from one to the next."""
+
+    def __init__(
+        self,
+        locate: Callable[[GenerateRequest], list[ModelFiles]],
+        buckets: Callable[[int], Sequence[Size]],
+        report: Reporter,
+    ) -> None:
+        """How to find a request's files, and the trained sizes of a model of some native size, for ratios."""
+        self._locate, self._buckets, self._report = locate, buckets, report
+        self._opened: dict[str, tuple[list[ModelFiles], Models]] = {}
+        self._loaded: Models | None = None
+
+    def settle(self, job: Job) -> Settled:
+        """Find the models of a job and decide everything about it.
+
+        Raises:
+            SdxlError: of any kind; the text begins with where the job comes from.
+        """
+        try:
+            require_prompts_fit(job.request)
+            files, models = self._open(job.request)
+            configs = [model.config for model in files]
+            buckets = self._buckets(configs[0].native_size) if job.request.size else ()
+            plan = plan_generation(job.request, *configs, buckets=buckets)
+        except SdxlError as error:
+            if not job.where or str(error).startswith(job.where):
+                raise
+            raise type(error)(f"{job.where}: {error}") from error
+        return Settled(job=job, files=files, plan=plan, models=models)
+
+    def settle_all(self, jobs: Iterable[Job]) -> list[Settled]:
+        """Settle all jobs; those of one model follow each other, otherwise the order stays.
+
+        Raises:
+            SdxlError: a job is wrong; when several are, the text has them all.
+        """
+        settled: list[Settled] = []
+        wrong: list[SdxlError] = []
+        for job in jobs:
+            try:
+                settled.append(self.settle(job))
+            except SdxlError as error:
+                if not any(str(error) == str(other) for other in wrong):
+                    wrong.append(error)
+        if wrong:
+            raise type(wrong[0])("; ".join(map(str, wrong)))
+        order = {id(models): index for index, (_, models) in enumerate(self._opened.values())}
+        return sorted(settled, key=lambda one: order[id(one.models)])
+
+    def ready(self, settled: Settled) -> Models:
+        """The models of a job; those of another one before it are let go."""
+        if self._loaded is not None and self._loaded is not settled.models:
+            self._loaded.forget()
+        self._loaded = settled.models
+        return settled.models
+
+    def _open(self, request: GenerateRequest) -> tuple[list[ModelFiles], Models]:
+        key = repr({name: value for name, value in asdict(request).items() if name not in LIGHT_FIELDS})
+        if key not in self._opened:
+            files = self._locate(request)
+            weights = open_weights(files, request, self._report)
+            models = Models(base=weights[0], refiner=weights[1] if len(weights) > 1 else None)
+            self._opened[key] = (files, models)
+        return self._opened[key]
+
+
+def labelled(settled: Sequence[Settled], index: int) -> str:
+    """What a note calls a job of several: ``[3/12] prompts.txt:3: ``; nothing for the only one."""
+    if len(settled) == 1:
+        return ""
+    where = settled[index].job.where
+    return f"[{index + 1}/{len(settled)}] " + (f"{where}: " if where else "")
