@@ -20,7 +20,8 @@ LIGHT_FIELDS = frozenset({
     "prompt", "negative_prompt", "prompt_2", "steps", "cfg_scale", "sampler", "scheduler", "seed", "original_size",
     "crop_top_left", "target_size", "aesthetic_score", "negative_original_size", "negative_crop_top_left",
     "negative_target_size", "negative_aesthetic_score", "refiner_switch_at", "size", "width", "height",
-    "num_images", "batch_size", "init_img", "strength", "exact_steps", "resize_mode", "background", "mask",
+    "num_images", "batch_size", "prompt_syntax", "emphasis", "clip_skip", "strict_tokens", "embedding",
+    "embeddings_dir", "init_img", "strength", "exact_steps", "resize_mode", "background", "mask",
     "invert_mask", "mask_blur", "mask_content", "only_masked", "mask_padding", "outpaint",
 })  # fmt: skip
 """Fields that another value of needs no other weights. A field that is not listed makes a model load again: slow
