@@ -1,4 +1,4 @@
-"""The flags of ``generate`` about pictures to start from."""
+"""The flags of ``generate`` about pictures to start from, and about what follows the first pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-CANVAS = "Picture to start from"
+from sdxl_cli.commands._sampling import MODEL
+
+CANVAS, HIRES = "Picture to start from", "A second, larger pass"
 
 InitImg = Annotated[
     str | None,
@@ -102,5 +104,42 @@ Outpaint = Annotated[
         help="Pixels to paint around the picture: LEFT,TOP,RIGHT,BOTTOM.",
         metavar="L,T,R,B",
         rich_help_panel=CANVAS,
+    ),
+]
+
+HiresScale = Annotated[
+    float | None,
+    typer.Option(help="Times larger per side, such as 1.5 or 2.", metavar="X", rich_help_panel=HIRES),
+]
+HiresSteps = Annotated[
+    int | None, typer.Option(help="Steps that it runs; default: --steps.", metavar="N", rich_help_panel=HIRES)
+]
+HiresStrength = Annotated[
+    float | None,
+    typer.Option(
+        "--hires-denoising-strength",
+        "--hires-strength",
+        help="How much it changes, 0 to 1.",
+        metavar="X",
+        rich_help_panel=HIRES,
+    ),
+]
+HiresUpscaler = Annotated[
+    str | None,
+    typer.Option(help="latent, or lanczos, which decodes in between.", metavar="NAME", rich_help_panel=HIRES),
+]
+
+RefinerMode = Annotated[
+    str | None,
+    typer.Option(
+        help="ensemble: continues where the base stops; sdedit: goes over what the base finished.",
+        metavar="NAME",
+        rich_help_panel=MODEL,
+    ),
+]
+RefinerStrength = Annotated[
+    float | None,
+    typer.Option(
+        help="With sdedit, how much it changes, 0 to 1; default: 0.3.", metavar="X", rich_help_panel=MODEL
     ),
 ]

@@ -120,11 +120,17 @@ class Record:
             fields["Denoising strength"] = f"{request.share_of_noise:g}"
             fields["Mask blur"] = request.mask_blur if request.mask is not None else None
         fields |= _text_fields(request, models)
+        if isinstance(request, GenerateRequest) and request.hires_scale is not None:
+            fields["Denoising strength"] = f"{request.hires_denoising_strength:g}"
+            fields["Hires upscale"] = f"{request.hires_scale:g}"
+            fields["Hires steps"] = request.hires_steps
+            fields["Hires upscaler"] = {"latent": "Latent", "lanczos": "Lanczos"}[request.hires_upscaler]
         fields["RNG"] = "CPU"
         if isinstance(request, GenerateRequest) and (refiner := models.get("refiner")):
             short = f" [{refiner.short_hash}]" if refiner.short_hash else ""
             fields["Refiner"] = refiner.name + short
-            fields["Refiner switch at"] = f"{request.refiner_switch_at:g}"
+            if request.refiner_mode == "ensemble":
+                fields["Refiner switch at"] = f"{request.refiner_switch_at:g}"
         return {**fields, "Version": f"sdxl {__version__}"}
 
 

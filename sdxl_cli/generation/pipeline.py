@@ -17,10 +17,11 @@ from sdxl_cli.generation.checks import FiniteWatch
 from sdxl_cli.generation.device import NAMES, describe
 from sdxl_cli.generation.embeddings import sha256
 from sdxl_cli.generation.encode import Prompts, encode_prompts, guided
+from sdxl_cli.generation.hires import enlarged, later_streams
 from sdxl_cli.generation.metadata import Kind, ModelRecord, Record
 from sdxl_cli.generation.observe import Step, stage, step
 from sdxl_cli.generation.picture import Pixels
-from sdxl_cli.generation.plan import Plan
+from sdxl_cli.generation.plan import Expert, Plan
 from sdxl_cli.generation.prompt import Tokenizer
 from sdxl_cli.generation.request import GenerateRequest, SamplingRequest, token_counts, unmentioned
 from sdxl_cli.generation.start import PLAIN, Held, Source, Start, encode_source
@@ -51,6 +52,13 @@ class Models:
 
     base: Weights
     refiner: Weights | None = None
+
+    def named(self) -> dict[Expert, Weights]:
+        """Those that there are, in the order of their work."""
+        found: dict[Expert, Weights] = {"base": self.base}
+        if self.refiner is not None:
+            found["refiner"] = self.refiner
+        return found
 
     def release(self) -> None:
         """Let go of all that need not stay."""
@@ -88,25 +96,30 @@ def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
     """
     request = plan.request
     assert isinstance(request, GenerateRequest)
-    shares = ((models.base, plan.base_steps), (models.refiner, plan.steps - plan.base_steps))
-    experts = [(weights, steps) for weights, steps in shares if weights is not None and steps]
-    prompts = []
-    for weights, _ in experts:
-        with stage(report, "text"):
-            prompts.append(encode_prompts(request, weights))
-        weights.release()
+    prompts = {}
+    for name, weights in models.named().items():
+        if any(part.steps_of(name) for part in plan.passes):
+            with stage(report, "text"):
+                prompts[name] = encode_prompts(request, weights)
+            weights.release()
     tell_of_prompts(request, models.base, report)
     with stage(report, "vae"):
         source = encode_source(plan, models.base)
     seeds = [request.seed + index for index in range(request.num_images)]
     batch = _batch(request, models.base)
-    stay = all(weights.stays for weights, _ in experts)
+    stay = all(weights.stays for name, weights in models.named().items() if name in prompts)
     for wave in _groups(seeds, batch if stay else len(seeds)):
         runs = [started(plan, group, models.base, source) for group in _groups(wave, batch)]
-        for (weights, steps), texts in zip(experts, prompts, strict=True):
-            models.release()
-            for run in runs:
-                run.advance(weights, texts, steps, report)
+        for number, part in enumerate(plan.passes):
+            if number:
+                models.release()
+                runs = [continued(run, part, number, models.base, report) for run in runs]
+            for name, texts in prompts.items():
+                if not (steps := part.steps_of(name)):
+                    continue
+                models.release()
+                for run in runs:
+                    run.advance(models.named()[name], texts, steps, report)
         models.release()
         for run in runs:
             for seed, latent in zip(run.seeds, run.latents, strict=True):
@@ -159,8 +172,8 @@ class Run:
         """``start`` is where the pictures of ``seeds`` begin, on the device where the networks run."""
         self.seeds = seeds
         self.latents = start.x
-        self._plan = plan
-        self._start = start
+        self.plan = plan
+        self.start = start
         self._held: Held | None = None
         self._expert: Guided | None = None
         self._denoised: Tensor | None = None
@@ -173,17 +186,17 @@ class Run:
         Raises:
             NumericError: the latents are not finite after one of them.
         """
-        plan = self._plan
+        plan = self.plan
         who = "refiner" if weights.config.is_refiner else "base"
         timesteps, label = plan.timesteps, f"{who}, seed {_span(self.seeds)}"
         watch = FiniteWatch(weights.dtype, "--dtype")
         with stage(report, "unet"):
             self._expert = guided(
-                weights, prompts, plan.framing, plan.request, plan.schedule, len(self.seeds), self._start.seen
+                weights, prompts, plan.framing, plan.request, plan.schedule, len(self.seeds), self.start.seen
             )
             # an inpainting U-Net sees what is not repainted beside its latents
             plain = weights.config.unet.in_channels == PLAIN
-            self._held = self._start.held if plain else None
+            self._held = self.start.held if plain else None
             for latents in report.progress(islice(self._walk, steps), label, total=steps):
                 where = f"the U-Net of the {who}, step {self._done + 1} of {plan.steps} (t={timesteps[self._done]})"
                 watch.see(latents, where)
@@ -206,6 +219,18 @@ def started(plan: Plan, seeds: Sequence[int], weights: Weights, source: Source) 
     """The run of these seeds' pictures, each from its own random numbers and ``source``."""
     streams = NoiseStreams(seeds)
     return Run(plan, seeds, streams, source.start(plan, streams).to(weights.device))
+
+
+def continued(run: Run, plan: Plan, number: int, weights: Weights, report: Reporter) -> Run:
+    """The run of the same pictures in their pass ``number``, from where the one before ended."""
+    streams, latents = later_streams(run.seeds, number), run.latents.float().cpu()
+    with stage(report, "vae"):
+        if plan.framing.size != run.plan.framing.size:
+            assert isinstance(plan.request, GenerateRequest)
+            latents = enlarged(run.latents, plan.framing.size, plan.request.hires_upscaler, weights, streams)
+        source = encode_source(plan, weights)
+    start = source.start(plan, streams, latents, run.start.held and run.start.held.to(torch.device("cpu")))
+    return Run(plan, run.seeds, streams, start.to(weights.device))
 
 
 def tell_of_prompts(request: SamplingRequest, weights: Weights, report: Reporter) -> None:
@@ -241,7 +266,7 @@ def record(
         request = replace(request, num_images=1, batch_size=_batch(request, models.base))
     main, role = models.base, "refiner" if kind == "refine" else "base"
     records = main.records(role)
-    if kind == "generate" and models.refiner is not None and plan.base_steps < plan.steps:
+    if kind == "generate" and models.refiner is not None and any(p.steps_of("refiner") for p in plan.passes):
         records |= models.refiner.records("refiner")
     for name, path in request.reader().embeddings(request.texts()).items():
         records |= {f"embedding {name}": ModelRecord(name, sha256(path))}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
+from typing import Literal
 
 from torch import Tensor
 
@@ -23,8 +24,11 @@ from sdxl_cli.generation.request import (
     SamplingRequest,
     with_seed,
 )
-from sdxl_cli.generation.sizes import Size, nearest_multiple
+from sdxl_cli.generation.sizes import Size, format_size, nearest_multiple
 from sdxl_cli.model.config import ModelConfig
+
+Expert = Literal["base", "refiner"]
+"""Who does steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +46,13 @@ class Plan:
     """How many of the n steps the base does; the refiner does the others."""
     canvas: Canvas | None = None
     """The picture to start from; None: noise alone."""
+    after: tuple[Plan, ...] = ()
+    """Passes that follow, each from the latents of the one before, enlarged where its size is another."""
+
+    @property
+    def passes(self) -> tuple[Plan, ...]:
+        """This one and those that follow."""
+        return self, *self.after
 
     @property
     def steps(self) -> int:
@@ -59,6 +70,10 @@ class Plan:
         """The index 0 … 999 that the network is told at each step."""
         return [self.schedule.index_of(sigma) for sigma in self.sigmas[:-1].tolist()]
 
+    def steps_of(self, name: Expert) -> int:
+        """How many of this pass's steps an expert does."""
+        return self.base_steps if name == "base" else self.steps - self.base_steps
+
     def share(self) -> str:
         """How many of the steps are run: ``17 of 30 steps``."""
         if isinstance(self.request, GenerateRequest) and self.request.exact_steps:
@@ -66,9 +81,16 @@ class Plan:
         return f"{self.steps} of {self.request.steps} steps"
 
     def split(self) -> str:
-        """Who does which steps: ``base: 24 steps t=999→233 | refiner: 6 steps t=199→33``."""
+        """Who does which steps: ``base: 24 steps t=999→233 | refiner: 6 steps t=199→33``.
+
+        Further passes come after ``then``, with their size where it is another.
+        """
         shares = {"base": self.timesteps[: self.base_steps], "refiner": self.timesteps[self.base_steps :]}
-        return " | ".join(f"{name}: {_walk(steps)}" for name, steps in shares.items() if steps)
+        texts = [" | ".join(f"{name}: {_walk(steps)}" for name, steps in shares.items() if steps)]
+        for before, then in pairwise(self.passes):
+            larger = then.framing.size != before.framing.size
+            texts.append(f"{format_size(then.framing.size)}, {then.split()}" if larger else then.split())
+        return " | then ".join(texts)
 
 
 def plan_generation(
@@ -101,19 +123,54 @@ def plan_generation(
         framing = request.frame(canvas.size)
     schedule = NoiseSchedule()
     sigmas = lowest(partial(grid, schedule), request.steps, request.share_of_noise, exact=request.exact_steps)
-    base_steps = len(sigmas) - 1
-    if refiner is not None:
-        base_steps = steps_above(schedule, sigmas, request.refiner_switch_at)
     named = replace(request, sampler=sampler.name, scheduler=grid.__name__)
-    return Plan(
+    first = Plan(
         request=named.fixed(asked or framing.size),
         canvas=canvas,
         framing=framing,
         sampler=sampler,
         schedule=schedule,
         sigmas=sigmas,
-        base_steps=base_steps,
+        base_steps=len(sigmas) - 1,
     )
+    return with_passes(first, request, partial(grid, schedule), multiple, has_refiner=refiner is not None)
+
+
+def with_passes(
+    first: Plan,
+    request: GenerateRequest,
+    grid: Callable[[int], Tensor],
+    multiple: int,
+    *,
+    has_refiner: bool,
+) -> Plan:
+    """Add what comes after the first pass of a base: the larger one, and the refiner's share or pass.
+
+    As an ensemble the refiner does the end of the last pass only: what comes before is noise for it anyhow.
+
+    Args:
+        first: the base's pass.
+        request: what was asked for.
+        grid: number of steps -> noise levels.
+        multiple: what the sides must be multiples of.
+        has_refiner: whether there is one.
+    """
+    passes = [first]
+    if request.hires_scale is not None:
+        height, width = (side * request.hires_scale for side in first.framing.size)
+        size = nearest_multiple((round(height), round(width)), multiple)
+        steps = request.hires_steps or request.steps
+        sigmas = lowest(grid, steps, request.hires_denoising_strength, exact=True)
+        larger = replace(first, canvas=None, framing=request.frame(size), sigmas=sigmas)
+        passes.append(replace(larger, base_steps=larger.steps))
+    last = passes[-1]
+    if has_refiner and request.refiner_mode == "ensemble":
+        cut = steps_above(last.schedule, last.sigmas, request.refiner_switch_at)
+        passes[-1] = replace(last, base_steps=cut)
+    elif has_refiner:
+        sigmas = lowest(grid, request.steps, request.refiner_strength or 0.3)
+        passes.append(replace(last, canvas=None, sigmas=sigmas, base_steps=0))
+    return replace(passes[0], after=tuple(passes[1:]))
 
 
 def plan_refinement(request: RefineRequest, size: Size) -> Plan:

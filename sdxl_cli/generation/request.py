@@ -29,6 +29,8 @@ from sdxl_cli.generation.sizes import (
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ResizeMode = Literal["crop", "pad", "stretch", "fit"]
 MaskContent = Literal["original", "noise"]
+Upscaler = Literal["latent", "lanczos"]
+RefinerMode = Literal["ensemble", "sdedit"]
 RANDOM_SEED = -1
 LARGEST_SEED = 2**32 - 1
 """Seeds drawn for ``-1`` are below this, so that other front ends can be given them."""
@@ -36,9 +38,16 @@ LARGEST_SEED = 2**32 - 1
 _NEEDS = {
     "init_img": ("strength", "exact_steps", "resize_mode", "mask", "outpaint"),
     "mask": ("invert_mask", "only_masked"),
+    "hires_scale": ("hires_steps",),
+    "refiner": ("refiner_strength",),
 }
 """Field -> those that say something about it only."""
-_EITHER_OR = (("only_masked", "outpaint"), ("only_masked", "resize_mode"))
+_EITHER_OR = (
+    ("only_masked", "outpaint"),
+    ("only_masked", "resize_mode"),
+    ("hires_scale", "mask"),
+    ("hires_scale", "outpaint"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +183,17 @@ class GenerateRequest(SamplingRequest):
     """File, folder or name of the refiner. None: the base does all steps."""
     refiner_switch_at: float = 0.8
     """Share of the noise levels that the base removes before the refiner takes over, 0 … 1."""
+    refiner_mode: RefinerMode = "ensemble"
+    """``ensemble``: it continues where the base stops. ``sdedit``: the base finishes, and it goes over that again."""
+    refiner_strength: float | None = None
+    """With ``sdedit``, share of the noise levels gone through again, 0 … 1. None: 0.3."""
+    hires_scale: float | None = None
+    """How many times larger, per side, a second pass makes the picture. None: there is no second pass."""
+    hires_steps: int | None = None
+    """Steps of the second pass that are run. None: as many as ``steps``."""
+    hires_denoising_strength: float = 0.7
+    """Share of the noise levels the second pass goes through, 0 … 1."""
+    hires_upscaler: Upscaler = "latent"
     size: str | None = None
     """``WxH``, or a ratio such as ``16:9``. None: the square the model was trained on."""
     width: int | None = None
@@ -219,6 +239,13 @@ class GenerateRequest(SamplingRequest):
             raise ValueError("--width and --height: with --init-img give both, or --size")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ValueError(f"strength {self.strength}: must be above 0, and at most 1")
+        for name in ("refiner_strength", "hires_denoising_strength"):
+            if not 0 < (getattr(self, name) or 1) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be above 0, and at most 1")
+        if self.hires_scale is not None and not 1 < self.hires_scale <= 8:
+            raise ValueError(f"hires_scale {self.hires_scale}: must be above 1, and at most 8")
+        if self.hires_steps is not None and self.hires_steps < 1:
+            raise ValueError(f"hires_steps {self.hires_steps}: at least 1 is needed")
         for name in ("mask_blur", "mask_padding"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: must be 0 or more pixels")

@@ -36,6 +36,10 @@ class Held:
     repaint: Tensor
     """[1, 1, h, w]: 1 where the run decides, 0 where this does."""
 
+    def to(self, device: torch.device) -> Held:
+        """The same on another device."""
+        return Held(self.clean.to(device), self.noise.to(device), self.repaint.to(device))
+
     def before(self, x: Tensor, sigma: float) -> Tensor:
         """What the network is shown in place of x [B, z, h, w] at a noise level."""
         return torch.where(self.repaint > 0, x, self.clean + sigma * self.noise)
@@ -58,9 +62,7 @@ class Start:
 
     def to(self, device: torch.device) -> Start:
         """The same on another device."""
-        held = self.held
-        if held is not None:
-            held = Held(*(values.to(device) for values in (held.clean, held.noise, held.repaint)))
+        held = None if self.held is None else self.held.to(device)
         return Start(x=self.x.to(device), held=held, seen=None if self.seen is None else self.seen.to(device))
 
 
@@ -77,30 +79,40 @@ class Source:
     """Of the picture with grey in place of what is repainted, for inpainting U-Nets."""
     content: MaskContent = "original"
 
-    def start(self, plan: Plan, streams: NoiseStreams) -> Start:
+    def start(
+        self, plan: Plan, streams: NoiseStreams, made: Tensor | None = None, held: Held | None = None
+    ) -> Start:
         """Where the pictures of these random streams begin.
 
         A stream is asked for the posterior's noise, the first latents, and the other posterior's, in this order,
         which is that of diffusers' pipelines.
+
+        Args:
+            plan: says which noise level, and which size.
+            streams: the pictures' random numbers.
+            made: clean latents to go on from instead of this picture's [B, z, h, w].
+            held: what was not repainted of them.
         """
         (height, width), sigma = plan.framing.size, plan.sigmas[0]
         shape = (self.vae.z_channels, height // self.vae.downsampling, width // self.vae.downsampling)
-        clean = None if self.picture is None else self._sample(self.picture, streams)
+        clean, repaint = made, self.repaint if held is None else held.repaint
+        if made is None and self.picture is not None:
+            clean = self._sample(self.picture, streams)
         noise = streams.next(shape)
         seen = None
         if self.remaining is not None:
-            repaint = torch.ones(1, 1, *shape[1:]) if self.repaint is None else self.repaint
             rest = self._sample(self.remaining, streams)
-            seen = torch.cat([repaint.expand(len(rest), -1, -1, -1), rest], dim=1)
+            mask = torch.ones(1, 1, *shape[1:]) if repaint is None else repaint
+            seen = torch.cat([mask.expand(len(rest), -1, -1, -1), rest], dim=1)
         x = from_noise(noise, sigma)
         if clean is None:
             return Start(x=x, seen=seen)
         over = clean + noise * sigma
-        if self.repaint is None:
+        if repaint is None:
             return Start(x=over, seen=seen)
-        if self.content == "noise":
-            over = torch.where(self.repaint > 0, x, over)
-        return Start(x=over, held=Held(clean, noise, self.repaint), seen=seen)
+        if self.content == "noise" and made is None:
+            over = torch.where(repaint > 0, x, over)
+        return Start(x=over, held=Held(clean if held is None else held.clean, noise, repaint), seen=seen)
 
     def _sample(self, moments: Moments, streams: NoiseStreams) -> Tensor:
         """A scaled latent per stream [B, z, h, w]: of the posterior, as the original takes it."""

@@ -125,3 +125,20 @@ def test_what_cannot_be_is_one_line(
     assert cli.run(["generate", "x", "-m", str(models["base"]), "--quiet", *flags]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_larger_pictures_are_said_written_down_and_made_again(
+    generate: Generate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = generate("--hires-scale", 1.5, "--hires-steps", 2, "--size", "64x96", photo=False)
+    assert "then 96x144, base: 2 steps t=" in result.err
+    assert made(result).shape == (144, 96, 3)
+    parameters = read_texts(result.paths[0]).parameters
+    assert "Size: 64x96" in parameters
+    words = "Denoising strength: 0.7, Hires upscale: 1.5, Hires steps: 2, Hires upscaler: Latent"
+    assert words in parameters
+    assert cli.run(["generate", "--from", str(result.paths[0]), "-o", "again.png"]) == 0
+    capsys.readouterr()
+    assert Path("again.png").read_bytes() == result.paths[0].read_bytes()
+    grown = made(generate("--hires-scale", 2, "--hires-steps", 1, "--hires-upscaler", "lanczos"))
+    assert grown.shape == (140, 200, 3), "of a picture of 100x70"

@@ -13,6 +13,7 @@ import torch
 
 from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.diffusion.noise import NoiseStreams
+from sdxl_cli.diffusion.samplers import SAMPLERS
 from sdxl_cli.errors import NumericError
 from sdxl_cli.generation import pipeline
 from sdxl_cli.generation.encode import encode_prompts, guided
@@ -182,9 +183,12 @@ def test_the_refiner_continues_from_the_bases_latents_without_noise(models: dict
     assert report.said == ["base, seed 5: 8", "refiner, seed 5: 2"]
 
 
-def test_the_solver_remembers_the_base_when_the_refiner_takes_over(models: dict[str, Path]) -> None:
-    """With the same network on both sides of the cut, DPM++ 2M must not notice the cut."""
-    request = replace(REQUEST, sampler="dpmpp_2m", steps=10)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_solver_remembers_the_base_when_the_refiner_takes_over(
+    models: dict[str, Path], sampler: str
+) -> None:
+    """With the same network on both sides of the cut no sampler may notice it: no noise added, nothing forgotten."""
+    request = replace(REQUEST, sampler=sampler, steps=10)
     base = weights(models["base"])
     whole = list(generate(plan_generation(request, base.config), Models(base=base), Silent()))
     split = plan_generation(request, base.config, base.config)
