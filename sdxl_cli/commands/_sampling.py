@@ -50,6 +50,7 @@ StrictTokens = Annotated[
     typer.Option(
         "--strict-tokens",
         help="Refuse prompts of more than 75 tokens instead of reading them in chunks.",
+        metavar="",
         rich_help_panel=PROMPT,
     ),
 ]

@@ -277,3 +277,25 @@ def test_a_long_prompt_says_how_long_it_is(models: dict[str, Path], generate: Ca
     assert "tokens: 100 → 2 chunks" in err
     assert "negative prompt, tokens: 3 → 3 chunks" in err
     assert "tokens:" not in generate("cat", "-m", models["base"])[2]
+
+
+def test_a_refined_picture_reads_the_prompt_as_the_picture_did(
+    tmp_path: Path, models: dict[str, Path], generate: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    style = saved(tmp_path / "style.safetensors", vectors())
+    asked = (
+        "embedding:style AND [cat]",
+        "-m",
+        models["base"],
+        "--embedding",
+        style,
+        "--prompt-syntax",
+        "comfy",
+    )
+    picture = generate(*asked)[1][0]
+    assert cli.run(["refine", str(picture), "-m", str(models["refiner"]), "--steps", "8"]) == 0
+    stored = read_record(Path(capsys.readouterr().out.strip()))
+    assert stored is not None
+    request = stored.request
+    assert (request.prompt, request.prompt_syntax) == ("embedding:style AND [cat]", "comfy")
+    assert (request.embedding, "embedding style" in stored.models) == ((str(style),), True)
