@@ -36,7 +36,7 @@ EXIT_CODES = {
 }
 """What the program's exit status means."""
 
-PANELS = ("Generate", "Train", "Data", "Inspect")
+PANELS = ("Generate", "Models", "Train", "Data", "Inspect")
 """Headings of the help, in the order a newcomer meets them; others follow."""
 
 

@@ -1,10 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,16 +47,63 @@ def atomic_write(path: Path | str, *, overwrite: bool = True) -> Iterator[Path]:
             _claim(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        if error.errno in _FULL:
-            raise SdxlError(
-                f"{path} could not be written: the disk is full; free some space and try again"
-            ) from error
-        if error.filename in (str(temporary), str(path), str(path.parent)):
-            raise FileError(f"{path} cannot be written: {error.strerror}") from error
-        raise
+        told = _told(error, path, temporary)
+        if told is error:
+            raise
+        raise told from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Fill a folder under a temporary name beside ``path``; it takes its place when the block ends well.
+
+    Nothing is ever replaced. On an error or an interruption the temporary folder is removed.
+
+    Args:
+        path: the folder to be; its parents are made.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        FileError: ``path`` exists already or may not be written.
+        SdxlError: the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        if path.exists():
+            raise _taken(path)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _sync(file)
+        if path.exists():
+            raise _taken(path)
+        temporary.rename(path)
+        _sync(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise _taken(path) from error
+        told = _told(error, path, temporary)
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _told(error: OSError, path: Path, temporary: Path) -> OSError | SdxlError:
+    """The error in words, when it is one about this path or the room on the disk."""
+    if error.errno in _FULL:
+        return SdxlError(f"{path} could not be written: the disk is full; free some space and try again")
+    inside = str(error.filename).startswith(str(temporary))
+    if inside or error.filename in (str(path), str(path.parent)):
+        return FileError(f"{path} cannot be written: {error.strerror}")
+    return error
 
 
 def _claim(temporary: Path, path: Path) -> None:

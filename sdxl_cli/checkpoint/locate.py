@@ -24,8 +24,8 @@ from sdxl_cli.model.config import BASE
 if TYPE_CHECKING:
     from sdxl_cli.checkpoint.pickle_file import PickleFile
 
-Role = Literal["base", "refiner", "vae", "model"]
-"""What a model is wanted for; ``model`` takes a base or a refiner."""
+Role = Literal["base", "refiner", "vae", "model", "any"]
+"""What a model is wanted for; ``model`` takes a base or a refiner, ``any`` whatever is SDXL or its autoencoder."""
 
 _CACHE = "the local Hugging Face cache"
 
@@ -40,12 +40,14 @@ _ACCEPTED: dict[Role, tuple[Kind, ...]] = {
     "refiner": ("refiner",),
     "vae": ("vae", "base", "refiner", "inpaint"),
     "model": ("base", "refiner"),
+    "any": ("base", "refiner", "inpaint", "vae"),
 }
 _WANTED: dict[Role, str] = {
     "base": "an SDXL base model",
     "refiner": "an SDXL refiner model",
     "vae": "an SDXL VAE",
     "model": "an SDXL base or refiner model",
+    "any": "an SDXL model or VAE",
 }
 _ADVICE: dict[Kind, str] = {
     "base": "give it with --model",
@@ -96,7 +98,7 @@ def locate(spec: str | None, role: Role = "base", *, variant: str | None = None)
 
 def _default(role: Role, variant: str | None) -> ModelFiles:
     """The released model; without a copy of it the bundled one, and a copy that is not whole is told of."""
-    released = "base" if role == "model" else role
+    released = "base" if role in ("model", "any") else role
     repo = hub.SHORT_NAMES[released]
     try:
         return _in_cache(repo, None, role, variant)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -22,13 +22,17 @@ _MARK = "scaled_fp8"
 """An empty tensor, last in its name, that says that a part of the model has scales."""
 
 
-def open_files(paths: Collection[Path]) -> Tensors:
+def open_files(paths: Collection[Path], reader: Callable[[Path], Tensors] = TensorFile) -> Tensors:
     """The tensors of one file, or of several as one; fp8 weights that have a scale come multiplied with it.
+
+    Args:
+        paths: safetensors files or torch's pickles.
+        reader: of safetensors files.
 
     Raises:
         FileError: a file is missing, damaged, or not to be trusted.
     """
-    return descaled(Joined([PickleFile(path) if is_pickle(path) else TensorFile(path) for path in paths]))
+    return descaled(Joined([PickleFile(path) if is_pickle(path) else reader(path) for path in paths]))
 
 
 def descaled(tensors: Tensors) -> Tensors:

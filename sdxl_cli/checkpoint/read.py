@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,7 @@ from sdxl_cli.checkpoint.layouts import (
     vae_to_original,
 )
 from sdxl_cli.checkpoint.opening import open_files
-from sdxl_cli.checkpoint.tensor_file import Joined, Renamed, Tensors
+from sdxl_cli.checkpoint.tensor_file import Joined, Renamed, TensorFile, Tensors
 from sdxl_cli.checkpoint.vocabulary import Expanded
 from sdxl_cli.errors import FileError
 from sdxl_cli.model.config import ALL_PARTS, PREFIXES, ModelConfig, Part
@@ -76,26 +77,27 @@ def load_vae(files: ModelFiles, *, dtype: torch.dtype, device: torch.device | st
     return load_model(files, _VAE_ONLY, dtype=dtype, vae_dtype=dtype, device=device).vae
 
 
-def open_tensors(files: ModelFiles) -> Tensors:
+def open_tensors(files: ModelFiles, reader: Callable[[Path], Tensors] = TensorFile) -> Tensors:
     """All tensors of a model under the names of the original single file; none is read yet.
+
+    Args:
+        files: from :func:`sdxl_cli.checkpoint.locate.locate`.
+        reader: of safetensors files.
 
     Raises:
         FileError: a file is missing or damaged.
     """
-    if files.vae is not None:
-        other = _of_parts(open_tensors(files.vae), _VAE_ONLY)
-        mine = _of_parts(_opened(files), ("unet", "text"))
-        return Joined([mine, other])
-    return _opened(files)
+    mine = Joined([_original(component, files, reader) for component in files.components])
+    if files.vae is None:
+        return mine
+    other = _of_parts(open_tensors(files.vae, reader), _VAE_ONLY)
+    rest = [name for name in mine.shapes if not name.startswith(PREFIXES["vae"])]
+    return Joined([Renamed(mine, _same(rest)), other])
 
 
-def _opened(files: ModelFiles) -> Tensors:
-    return Joined([_original(component, files) for component in files.components])
-
-
-def _original(component: Component, files: ModelFiles) -> Tensors:
+def _original(component: Component, files: ModelFiles, reader: Callable[[Path], Tensors]) -> Tensors:
     """A component's tensors under the names of the single file."""
-    tensors = open_files(component.paths)
+    tensors = open_files(component.paths, reader)
     keys, config = list(tensors.shapes), files.config
     kind = component.name if component.name != "model" else files.identity.kind
     if kind == "vae" and all(not key.startswith(VAE) for key in keys):

@@ -138,6 +138,13 @@ class TensorFile:
             view = view[count:]
 
 
+class StreamedFile(TensorFile):
+    """A file that is read once from end to end: every tensor is memory of its own, and no page of the file stays."""
+
+    def _mapped(self, entry: Entry) -> Tensor:
+        return self._copied(entry, DTYPES[entry.dtype])
+
+
 class Joined:
     """Several files as one: shards, or the components of a folder. A name in two of them is the last one's."""
 
@@ -167,12 +174,13 @@ class Renamed:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """See :meth:`Tensors.read`. Joined and transposed tensors are copies."""
         source = self._plan[name]
-        return _changed(source, [self._tensors.read(key, dtype) for key in source.keys]).reshape(
+        return changed(source, [self._tensors.read(key, dtype) for key in source.keys]).reshape(
             self.shapes[name]
         )
 
 
-def _changed(source: Source, tensors: list[Tensor]) -> Tensor:
+def changed(source: Source, tensors: list[Tensor]) -> Tensor:
+    """The tensor of the target layout from those it is made of, up to dimensions of one."""
     match source.change:
         case "transpose":
             return tensors[0].T.contiguous()

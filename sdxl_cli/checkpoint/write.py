@@ -5,33 +5,22 @@ Metadata: https://github.com/Stability-AI/ModelSpec 1.0.1.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from sdxl_cli import __version__
 from sdxl_cli.checkpoint import vocabulary
-from sdxl_cli.checkpoint.atomic import atomic_write
-from sdxl_cli.checkpoint.header import format_bytes
 from sdxl_cli.checkpoint.identify import CLIP_L, CONFIG_KEY, TEXT, TOKEN_IDS, VAE, Prediction
-from sdxl_cli.checkpoint.tensor_file import DTYPES
-from sdxl_cli.errors import SdxlError
+from sdxl_cli.checkpoint.stream import Pending, write_pending
 from sdxl_cli.model.config import BASE, REFINER, ModelConfig, VAEConfig
 from sdxl_cli.model.sdxl import SDXL
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_HASH_KEY = "modelspec.hash_sha256"
-_NO_HASH = "0x" + "0" * 64
-_CHUNK = 1 << 24
-"""Bytes written at a time."""
 
 
 def save_model(
@@ -70,12 +59,10 @@ def save_model(
         state.setdefault(f"{CLIP_L}text_model.embeddings.position_ids", positions)
     if keep_token_ids is not None:
         state |= _pruned(state, config, keep_token_ids)
-    notes = _modelspec(Path(path), config, title) | {
+    notes = modelspec(Path(path), config, title) | {
         "modelspec.prediction_type": {"eps": "epsilon", "v": "v"}[prediction]
     }
-    if config not in (BASE, REFINER):
-        notes[CONFIG_KEY] = json.dumps(config.to_dict())
-    save_tensors(path, state, notes | dict(metadata or {}), dtype=dtype)
+    save_tensors(path, state, notes | config_note(config) | dict(metadata or {}), dtype=dtype)
 
 
 def save_vae(
@@ -101,10 +88,8 @@ def save_vae(
         FileError, SdxlError: the file cannot be written, or the disk is full.
     """
     state = vae.state_dict() if isinstance(vae, nn.Module) else vae
-    notes = _modelspec(Path(path), BASE, title)
+    notes = modelspec(Path(path), BASE, title) | config_note(config)
     notes["modelspec.architecture"] = f"{notes['modelspec.architecture']}/vae"
-    if config != BASE.vae:
-        notes[CONFIG_KEY] = json.dumps({"vae": asdict(config)})
     bare = {name.removeprefix(VAE): tensor for name, tensor in state.items()}
     save_tensors(path, bare, notes | dict(metadata or {}), dtype=dtype)
 
@@ -128,54 +113,19 @@ def save_tensors(
         FileError: the file cannot be written.
         SdxlError: the disk is full.
     """
-    path = Path(path)
-    order = sorted(tensors, key=lambda name: (-_stored_dtype(tensors[name], dtype).itemsize, name))
-    notes = {str(key): str(value) for key, value in (metadata or {}).items()} | {_HASH_KEY: _NO_HASH}
-    header = _header({name: tensors[name] for name in order}, notes, dtype)
-    size = len(header) + sum(_bytes(tensors[name], dtype) for name in order)
-    with atomic_write(path) as temporary:
-        free = shutil.disk_usage(temporary.parent).free
-        if free < size:
-            raise SdxlError(
-                f"{path} needs {format_bytes(size)}, the disk has {format_bytes(free)} free; make room"
-            )
-        with temporary.open("wb") as file:
-            file.write(header)
-            digest = _write_all(file, (tensors[name] for name in order), dtype)
-            file.seek(0)
-            file.write(header.replace(_NO_HASH.encode(), f"0x{digest}".encode(), 1))
+    pending = {
+        name: Pending(_stored_dtype(tensor, dtype), tuple(tensor.shape), partial(_same, tensor))
+        for name, tensor in tensors.items()
+    }
+    write_pending(path, pending, metadata)
 
 
-def _write_all(file: BinaryIO, tensors: Iterator[Tensor], dtype: torch.dtype | None) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        stored = tensor.detach().to(dtype=_stored_dtype(tensor, dtype)).cpu().contiguous()
-        data = memoryview(stored.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        for start in range(0, len(data), _CHUNK):
-            digest.update(data[start : start + _CHUNK])
-            file.write(data[start : start + _CHUNK])
-    return digest.hexdigest()
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None) -> bytes:
-    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + _bytes(tensor, dtype)
-        stored = _NAMES[_stored_dtype(tensor, dtype)]
-        table[name] = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # so that every tensor is aligned
-    return len(text).to_bytes(8, "little") + text
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _stored_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-
-
-def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    return tensor.numel() * _stored_dtype(tensor, dtype).itemsize
 
 
 def _pruned(state: Mapping[str, Tensor], config: ModelConfig, ids: Sequence[int]) -> dict[str, Tensor]:
@@ -186,10 +136,22 @@ def _pruned(state: Mapping[str, Tensor], config: ModelConfig, ids: Sequence[int]
     return changed | ({TOKEN_IDS: keep} if changed else {})
 
 
-def _modelspec(path: Path, config: ModelConfig, title: str | None) -> dict[str, str]:
+def config_note(config: ModelConfig | VAEConfig) -> dict[str, str]:
+    """The metadata that states sizes; empty for the released ones, with any number of input channels."""
+    if isinstance(config, VAEConfig):
+        return {} if config == BASE.vae else {CONFIG_KEY: json.dumps({"vae": asdict(config)})}
+    return {} if _is_released(config) else {CONFIG_KEY: json.dumps(config.to_dict())}
+
+
+def _is_released(config: ModelConfig) -> bool:
+    """Whether the sizes are the released ones; the input channels can be told from the first convolution."""
+    return replace(config, unet=replace(config.unet, in_channels=4)) in (BASE, REFINER)
+
+
+def modelspec(path: Path, config: ModelConfig, title: str | None) -> dict[str, str]:
     """What the specification demands or advises, as far as a program can know it."""
     architecture = f"stable-diffusion-xl-v1-{'refiner' if config.is_refiner else 'base'}"
-    if config not in (BASE, REFINER):
+    if not _is_released(config):
         # other programs must not take it for the released size
         architecture += "/other-size"
     notes = {

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sdxl_cli.checkpoint import atomic, write
+from sdxl_cli.checkpoint import atomic, stream
 from sdxl_cli.checkpoint.atomic import atomic_write
 from sdxl_cli.checkpoint.header import format_bytes, read_header
 from sdxl_cli.checkpoint.tensor_file import TensorFile
@@ -301,7 +301,7 @@ def test_room_is_checked_before_a_byte_is_written(tmp_path: Path, monkeypatch: p
     class Usage:
         free = 1_000_000
 
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(SdxlError, match=r"needs 4\.0 MB, the disk has 1\.0 MB free"):
         save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1_000_000)})
     assert not list(tmp_path.iterdir())
