@@ -13,6 +13,7 @@ from sdxl_cli.commands import _canvas as canvas
 from sdxl_cli.commands import _sampling as flags
 from sdxl_cli.commands import _working as working
 from sdxl_cli.commands._options import Config, Json, Preset, Quiet, Set
+from sdxl_cli.commands._recall import again
 from sdxl_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -181,26 +182,7 @@ def _request(given: dict[str, Any]) -> tuple[GenerateRequest, Stored | None]:
         )
     if given["preset"] or given["config"]:
         raise UsageError("--from says everything already; change it with flags or --set instead of a preset")
-    return _again(given["from_"], given["sets"] or [], asked)
-
-
-def _again(picture: Path, sets: list[str], asked: dict[str, object]) -> tuple[GenerateRequest, Stored]:
-    """The request a picture was made from, with changes."""
-    from dataclasses import asdict
-
-    from sdxl_cli.generation.metadata import read_record
-    from sdxl_cli.generation.request import GenerateRequest
-
-    stored = read_record(picture)
-    if stored is None:
-        raise UsageError(f"{picture}: does not say how it was made; only pictures by sdxl can be made again")
-    if not isinstance(stored.request, GenerateRequest):
-        raise UsageError(
-            f"{picture}: was made by sdxl refine, from {stored.raw.get('source', {}).get('name')}"
-        )
-    before = presets.apply_overrides(stored.request, sets)
-    changed = {name: value for name, value in asked.items() if value is not None}
-    return presets.from_table(GenerateRequest, asdict(before) | changed, "flags"), stored
+    return again(given["from_"], given["sets"] or [], asked, consoles.get())
 
 
 def _locate(request: GenerateRequest, console: Console) -> list[ModelFiles]:

@@ -26,7 +26,7 @@ _OPTIONS: dict[str, dict[str, object]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},
 }
-_PARAMETERS, _RECORD = "parameters", "sdxl"
+_PARAMETERS, _RECORD, _GRAPH = "parameters", "sdxl", "prompt"
 _USER_COMMENT, _MAKER_NOTE = ExifTags.Base.UserComment, ExifTags.Base.MakerNote
 _UNICODE = b"UNICODE\0"  # EXIF 2.3, UserComment: the character code; A1111 writes it big-endian
 _OURS = b"sdxl\0"
@@ -42,6 +42,8 @@ class Texts:
     """A1111's text."""
     record: str = ""
     """Our JSON."""
+    graph: str = ""
+    """ComfyUI's ``prompt`` JSON; read only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +134,27 @@ def read_texts(path: Path) -> Texts:
     """
     with _open(path) as image:
         if isinstance(image, PngImagePlugin.PngImageFile):
-            return Texts(str(image.text.get(_PARAMETERS, "")), str(image.text.get(_RECORD, "")))
-        exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
+            return Texts(*(str(image.text.get(key, "")) for key in (_PARAMETERS, _RECORD, _GRAPH)))
+        whole = image.getexif()
+        exif = whole.get_ifd(ExifTags.IFD.Exif)
+        # ComfyUI writes "prompt:{...}" into whichever of the camera's tags is next (nodes_images.py, WebP)
+        graphs = [str(value) for value in whole.values() if str(value).startswith(f"{_GRAPH}:")]
     comment, note = (_bytes(exif.get(tag)) for tag in (_USER_COMMENT, _MAKER_NOTE))
-    parameters = (
-        comment.removeprefix(_UNICODE).decode("utf-16-be", "replace") if comment[:8] == _UNICODE else ""
-    )
+    parameters = _comment(comment)
     record = note.removeprefix(_OURS).decode("utf-8", "replace") if note.startswith(_OURS) else ""
-    return Texts(parameters, record)
+    return Texts(parameters, record, graphs[0].partition(":")[2] if graphs else "")
+
+
+def _comment(comment: bytes) -> str:
+    """EXIF's UserComment as text; UTF-16 in either order, as writers do not agree on it."""
+    if comment.startswith(b"ASCII\0\0\0"):
+        return comment[8:].decode("ascii", "replace")
+    if not comment.startswith(_UNICODE):
+        return ""
+    body = comment.removeprefix(_UNICODE)
+    # of ASCII letters, most of what is in a prompt, the high byte is 0: it comes first in big-endian text
+    order = "utf-16-le" if body[1::2].count(0) > body[::2].count(0) else "utf-16-be"
+    return body.decode(order, "replace")
 
 
 def read_pixels(path: Path, *, background: tuple[int, int, int] = (255, 255, 255)) -> Pixels:

@@ -48,7 +48,8 @@ def open_weights(
 def warn_of_another_model(stored: Stored, files: ModelFiles, report: Reporter) -> None:
     """Say when a picture that is made again was made with another model: it will not be the same."""
     before = stored.models.get("base")
-    if before is not None and before.sha256 not in (None, files.sha256):
+    # other programs write the first ten digits only
+    if before is not None and before.sha256 and not files.sha256.startswith(before.sha256.lower()):
         report.warn(
             f"the picture was made with {before.name} [{before.short_hash}], this is {files.name} "
             f"[{files.short_hash}]; it will look different"
