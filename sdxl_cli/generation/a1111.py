@@ -44,7 +44,6 @@ _PLAIN = {
     "Masked area padding": "mask_padding",
     "Hires upscale": "hires_scale",
     "Hires steps": "hires_steps",
-    "Hires upscaler": "hires_upscaler",
     "Hires CFG Scale": "hires_cfg_scale",
     "Hires sampler": "hires_sampler",
     "CFG Rescale": "cfg_rescale",
@@ -202,6 +201,14 @@ def _masked_content(found: Foreign, value: str) -> None:
     found.put("mask_content", contents.get(value.lower(), value), f"Masked content: {value}")
 
 
+def _hires_upscaler(found: Foreign, value: str) -> None:
+    known = {"latent": "latent", "lanczos": "lanczos"}
+    if value.lower() not in known:
+        found.remarks.append(f"Hires upscaler: {value}: is not here; the default takes its place")
+    else:
+        found.put("hires_upscaler", known[value.lower()], f"Hires upscaler: {value}")
+
+
 def _embeddings(found: Foreign, value: str) -> None:
     found.remarks.append(f"TI hashes: {value}: give the files with --embedding or --embeddings-dir")
 
@@ -218,6 +225,7 @@ _SPECIAL: dict[str, Callable[[Foreign, str], None]] = {
     "Inpaint area": _inpaint_area,
     "Mask mode": _mask_mode,
     "Masked content": _masked_content,
+    "Hires upscaler": _hires_upscaler,
     "TI hashes": _embeddings,
     "Denoising strength": _handled,
     "Clip skip": _handled,

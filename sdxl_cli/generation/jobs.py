@@ -23,6 +23,7 @@ LIGHT_FIELDS = frozenset({
     "num_images", "batch_size", "prompt_syntax", "emphasis", "clip_skip", "strict_tokens", "embedding",
     "embeddings_dir", "init_img", "strength", "exact_steps", "resize_mode", "background", "mask",
     "invert_mask", "mask_blur", "mask_content", "only_masked", "mask_padding", "outpaint",
+    "refiner_mode", "refiner_strength", "hires_scale", "hires_steps", "hires_denoising_strength", "hires_upscaler",
 })  # fmt: skip
 """Fields that another value of needs no other weights. A field that is not listed makes a model load again: slow
 when it need not have been, never wrong."""

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union
 
 from sdxl_cli import presets
 from sdxl_cli.errors import UsageError, unknown
@@ -110,4 +110,6 @@ def _scalar(hint: Any, text: str, where: str) -> Any:
         except ValueError:
             kind = "a whole number" if hint is int else "a number"
             raise UsageError(f"{where}: expected {kind}, got {text!r}") from None
+    if typing.get_origin(hint) is Literal and text not in typing.get_args(hint):
+        raise UsageError(f"{where}: {unknown('value', text, typing.get_args(hint))}")
     return text

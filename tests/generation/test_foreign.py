@@ -120,6 +120,21 @@ def test_our_own_parameters_come_back() -> None:
     assert found.remarks == []
 
 
+def test_hires_fix_has_the_strength_for_itself() -> None:
+    text = (
+        "x\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Denoising strength: 0.5, RNG: CPU, "
+        "Hires upscale: 1.5, Hires steps: 8, Hires upscaler: "
+    )
+    found = a1111.read(text + "Latent")
+    found.needs_picture({})
+    request = GenerateRequest(**found.fields)
+    assert (request.hires_scale, request.hires_steps, request.hires_denoising_strength) == (1.5, 8, 0.5)
+    assert (request.hires_upscaler, request.strength, found.remarks) == ("latent", None, [])
+    assert a1111.read(text + "R-ESRGAN 4x+").remarks == [
+        "Hires upscaler: R-ESRGAN 4x+: is not here; the default takes its place"
+    ]
+
+
 def test_inpainting_needs_the_pictures_that_are_not_in_it() -> None:
     text = (
         "x\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 64x64, Denoising strength: 0.6, Mask blur: 8, "
