@@ -84,6 +84,19 @@ class BucketTable:
         fitting = [s for s in best if s[0] <= size[0] and s[1] <= size[1]]
         return max(fitting, key=_area) if fitting else min(best, key=_area)
 
+    def fitting(self, size: Size, step: int) -> Size | None:
+        """The nearest bucket when the picture covers it, else one of its own that needs no enlarging.
+
+        Its own one has the picture's shape and at most the area of the nearest bucket, sides rounded down to
+        ``step``; None when a side is shorter than that.
+        """
+        bucket = self.nearest(size)
+        if size[0] >= bucket[0] and size[1] >= bucket[1]:
+            return bucket
+        shrink = min(1.0, math.sqrt(_area(bucket) / _area(size)))
+        height, width = (int(side * shrink) // step * step for side in size)
+        return (height, width) if height and width else None
+
     def aspect_error(self, size: Size) -> float:
         """How far the nearest bucket's aspect ratio is, as ``|log|``; 0 is the same shape."""
         height, width = self.nearest(size)

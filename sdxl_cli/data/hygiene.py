@@ -12,8 +12,6 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sdxl_cli.data.buckets import Size
 
 Reason = Literal[
@@ -26,6 +24,7 @@ Reason = Literal[
     "too_many_pixels",
     "animated",
     "unknown_depth",
+    "crashed",
     "changed",
 ]
 """Why a file is refused."""
@@ -40,6 +39,7 @@ REASONS: dict[str, str] = {
     "too_many_pixels": "more pixels than max_pixels: a decompression bomb, or a huge scan",
     "animated": "several frames (animated = first takes the first one)",
     "unknown_depth": "values without a known range (32-bit or floating point)",
+    "crashed": "opening it ended the process that did, twice",
     "changed": "the file is not the one the manifest was made from",
 }
 
@@ -93,23 +93,6 @@ class Opened:
         return self.image.height, self.image.width
 
 
-def read_bytes(path: Path) -> bytes:
-    """The file's content.
-
-    Raises:
-        Refused: missing, unreadable or empty.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise Refused("missing") from error
-    except OSError as error:
-        raise Refused("unreadable", error.strerror or "") from error
-    if not data:
-        raise Refused("empty")
-    return data
-
-
 def open_picture(data: bytes, hygiene: Hygiene, *, suffix: str = "") -> Opened:
     """Decode ``data`` completely and bring it into the one form everything else works with.
 
@@ -122,18 +105,7 @@ def open_picture(data: bytes, hygiene: Hygiene, *, suffix: str = "") -> Opened:
         Refused: with the reason; see ``REASONS``.
     """
     with _refusals():
-        image = Image.open(io.BytesIO(data))
-        notes: list[Note] = []
-        if image.width * image.height > hygiene.max_pixels:
-            raise Refused("too_many_pixels", f"{image.width}x{image.height}")
-        if getattr(image, "n_frames", 1) > 1:
-            # MPO: a camera's JPEG with a preview or a second eye behind it; the first frame is the photograph
-            if hygiene.animated == "refuse" and image.format != "MPO":
-                raise Refused("animated", f"{getattr(image, 'n_frames', 0)} frames")
-            notes.append("first_frame")
-        expected = Image.registered_extensions().get(suffix.lower())
-        if expected and image.format != expected and {image.format, expected} not in _ALIASES:
-            notes.append("wrong_extension")
+        image, notes = _identified(data, hygiene, suffix)
         image.load()
         orientation = _orientation(image, notes)
         rgb = _to_srgb(image, hygiene, notes)
@@ -143,7 +115,55 @@ def open_picture(data: bytes, hygiene: Hygiene, *, suffix: str = "") -> Opened:
         return Opened(rgb, orientation, tuple(notes))
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the first bytes of a picture say, if they can be believed."""
+
+    size: Size
+    """(height, width) of the upright picture, in pixels."""
+    orientation: int
+    notes: tuple[Note, ...]
+    """Those that can be had without decoding."""
+
+
+def read_header(data: bytes, hygiene: Hygiene, *, suffix: str = "") -> Header:
+    """The size of a picture without decoding it: fast, and blind to damage behind the header.
+
+    Raises:
+        Refused: with the reason; see ``REASONS``.
+    """
+    with _refusals():
+        image, notes = _identified(data, hygiene, suffix)
+        orientation = _orientation(image, notes)
+        size = (image.height, image.width)
+        if orientation != 1:
+            notes.append("rotated")
+        return Header(size[::-1] if orientation >= _SIDEWAYS else size, orientation, tuple(notes))
+
+
+def _identified(data: bytes, hygiene: Hygiene, suffix: str) -> tuple[Image.Image, list[Note]]:
+    """The picture, not decoded yet, and what can be noted by then."""
+    image = Image.open(io.BytesIO(data))
+    notes: list[Note] = []
+    if image.width * image.height > hygiene.max_pixels:
+        raise Refused("too_many_pixels", f"{image.width}x{image.height}")
+    if getattr(image, "n_frames", 1) > 1:
+        # MPO: a camera's JPEG with a preview or a second eye behind it; the first frame is the photograph
+        if hygiene.animated == "refuse" and image.format != "MPO":
+            raise Refused("animated", f"{getattr(image, 'n_frames', 0)} frames")
+        notes.append("first_frame")
+    expected = Image.registered_extensions().get(suffix.lower())
+    if expected and image.format != expected and {image.format, expected} not in _ALIASES:
+        notes.append("wrong_extension")
+    if _sixteen_bits(image, data):
+        notes.append("sixteen_bit")
+    return image, notes
+
+
 _ALIASES: tuple[set[str | None], ...] = ({"JPEG", "MPO"}, {"TIFF", "DNG"})
+
+_SIDEWAYS = 5
+"""EXIF orientations from here on exchange height and width."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -170,8 +190,24 @@ def _refusals() -> Iterator[None]:
         text = str(error).lower()
         short = "truncated" in text or "unexpected end" in text or isinstance(error, EOFError)
         raise Refused("truncated" if short else "damaged", str(error)) from error
-    except (SyntaxError, ValueError, IndexError, OverflowError, TypeError, KeyError) as error:
-        raise Refused("damaged", str(error)) from error
+    except (Refused, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # decoders raise whatever they stumble over: struct.error, zlib.error, KeyError, …
+        raise Refused("damaged", f"{type(error).__name__}: {error}") from error
+
+
+def _sixteen_bits(image: Image.Image, data: bytes) -> bool:
+    """Whether a colour picture has 16 bits a channel, of which Pillow keeps the upper 8 (grey: see _to_eight_bits)."""
+    if image.mode not in ("RGB", "RGBA", "LA", "CMYK"):
+        return False
+    if image.format == "PNG":
+        return data[24:25] == b"\x10"  # bit depth: the ninth byte of IHDR, which is always first
+    if image.format == "TIFF":
+        bits = getattr(image, "tag_v2", {}).get(258, ())
+        return 16 in (bits if isinstance(bits, tuple) else (bits,))
+    return False
 
 
 def _orientation(image: Image.Image, notes: list[Note]) -> int:

@@ -1,128 +1,137 @@
-"""From pictures to manifest rows: open each one, choose its bucket, plan its crops."""
+"""From pictures to manifest rows: open each one, choose its bucket, plan its crops; and prove it afterwards."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import random
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from sdxl_cli.data.buckets import BucketTable, Size
-from sdxl_cli.data.geometry import apply_crop, plan_crop
-from sdxl_cli.data.hygiene import Refused, open_picture, read_bytes
+from sdxl_cli.data.geometry import apply_crop
+from sdxl_cli.data.hygiene import Refused, open_picture, read_header
 from sdxl_cli.data.manifest import DatasetConfig, Manifest, Row
-from sdxl_cli.data.sources import Item
+from sdxl_cli.data.planning import decide, planned_again
+from sdxl_cli.data.pool import CHUNK, chunks, in_processes
+from sdxl_cli.data.remainder import merge_remainders
+from sdxl_cli.data.storage import Root, open_storage
+from sdxl_cli.data.tables import Item
+
+CountTokens = Callable[[str], tuple[int, int]]
+"""A caption -> how many tokens CLIP-L and bigG make of it, without start and end. Must be a plain function."""
+
+Engine = Literal["local", "ray"]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Looks at pictures; what a worker is given."""
+
+    root: Root
+    config: DatasetConfig
+    count_tokens: CountTokens | None = None
+
+    def __call__(self, items: Sequence[Item]) -> list[Row]:
+        """What the files are, as far as it can be told, in the items' order."""
+        with warnings.catch_warnings():
+            # max_pixels decides, and says so
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return [self._look(item) for item in items]
+
+    def lost(self, item: Item) -> Row:
+        """The row of a picture that no worker survives."""
+        return replace(self._begun(item), fate="crashed")
+
+    def _begun(self, item: Item) -> Row:
+        tokens = [self.count_tokens(caption) for caption in item.captions] if self.count_tokens else []
+        return Row(
+            path=item.path,
+            captions=item.captions,
+            tokens_clip_l=tuple(clip_l for clip_l, _ in tokens),
+            tokens_big_g=tuple(big_g for _, big_g in tokens),
+            aesthetic_score=item.aesthetic_score,
+            repeats=item.repeats,
+        )
+
+    def _look(self, item: Item) -> Row:
+        row = self._begun(item)
+        if item.problem:
+            return replace(row, fate=item.problem)
+        try:
+            data = open_storage(self.root).read(item.path)
+            row = replace(row, sha256=hashlib.sha256(data).hexdigest())
+            suffix = PurePosixPath(item.path).suffix
+            see = open_picture if self.config.check == "pixels" else read_header
+            seen = see(data, self.config.hygiene, suffix=suffix)
+        except Refused as refusal:
+            return replace(row, fate=refusal.reason, detail=str(refusal).partition(": ")[2])
+        return replace(
+            row,
+            original_size=item.original_size or seen.size,
+            stored_size=seen.size,
+            orientation=seen.orientation,
+            notes=seen.notes,
+        )
 
 
 def scan(
-    root: Path, items: Sequence[Item], config: DatasetConfig, *, workers: int = 1
+    root: Root,
+    items: Sequence[Item],
+    config: DatasetConfig,
+    *,
+    workers: int = 1,
+    count_tokens: CountTokens | None = None,
+    engine: Engine = "local",
 ) -> Iterator[list[Row]]:
-    """The rows of every item, in the items' order whatever the number of ``workers`` (threads).
+    """The rows of every item, in the items' order, the same whatever looks at them.
 
-    Every picture is decoded completely, so that a truncated one is found now and not in the night.
+    Unless ``check = "header"``, every picture is decoded completely, so that a truncated one is found now and not in
+    the night. Rows are not merged yet; see :func:`finished`.
+
+    Args:
+        root: what the items' paths start from.
+        items: see :func:`sdxl_cli.data.sources.find`.
+        config: what is decided by.
+        workers: processes; 1 works in this one.
+        count_tokens: fills in the token counts.
+        engine: ``ray`` looks at pictures on a Ray cluster.
     """
     table = config.buckets.table()
     seen: set[str] = set()
-    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides, and says so
-        for row in pool.map(lambda item: _look(root, item, config), items):
+    look = Look(root, config, count_tokens)
+    for rows in _looked(look, items, workers, engine):
+        for row in rows:
             yield decide(row, table, config, seen)
 
 
-def _look(root: Path, item: Item, config: DatasetConfig) -> Row:
-    """What the file is, as far as it can be told."""
-    row = Row(path=item.path, captions=item.captions, aesthetic_score=item.aesthetic_score)
-    if item.problem:
-        return replace(row, fate=item.problem)
-    try:
-        path = root / item.path
-        data = read_bytes(path)
-        row = replace(row, sha256=hashlib.sha256(data).hexdigest())
-        opened = open_picture(data, config.hygiene, suffix=path.suffix)
-    except Refused as refusal:
-        return replace(row, fate=refusal.reason, detail=str(refusal).partition(": ")[2])
-    return replace(
-        row,
-        original_size=item.original_size or opened.size,
-        stored_size=opened.size,
-        orientation=opened.orientation,
-        notes=opened.notes,
-    )
+def _looked(look: Look, items: Sequence[Item], workers: int, engine: Engine) -> Iterator[list[Row]]:
+    if engine == "ray":
+        from sdxl_cli.data.ray_engine import on_ray
+
+        yield from on_ray(look, items)
+    elif workers == 1 or len(items) <= CHUNK:
+        yield from (look(chunk) for chunk in chunks(items, 1))
+    else:
+        yield from in_processes(look, items, workers)
 
 
-def decide(row: Row, table: BucketTable, config: DatasetConfig, seen: set[str]) -> list[Row]:
-    """One row per crop of a picture that is used, else the row with its fate.
-
-    ``seen`` holds the hashes of the pictures before; this one's is added.
-    """
-    if not row.kept:
-        return [row]
-    assert row.stored_size
-    assert row.sha256
-    fate = _fate(row, table, config, seen)
-    if fate:
-        return [replace(row, fate=fate[0], detail=fate[1])]
-    seen.add(row.sha256)
-    return [
-        _crop(row, table.nearest(row.stored_size), config, number) for number in range(config.crops_per_image)
-    ]
+def finished(rows: Sequence[Row], config: DatasetConfig) -> tuple[Row, ...]:
+    """All rows of a scan, with what fills no batch merged when ``remainder = "merge"``."""
+    return tuple(merge_remainders(rows, config) if config.remainder == "merge" else rows)
 
 
-def _fate(row: Row, table: BucketTable, config: DatasetConfig, seen: set[str]) -> tuple[str, str] | None:
-    assert row.stored_size
-    height, width = row.stored_size
-    size = f"{width} wide, {height} high"
-    if row.sha256 in seen and not config.keep_duplicates:
-        return "duplicate", ""
-    if config.require_captions and not row.captions:
-        return "no_caption", ""
-    if min(row.stored_size) < config.min_side:
-        return "too_small", size
-    error = table.aspect_error(row.stored_size)
-    if config.max_aspect_error is not None and error > math.log(config.max_aspect_error) + 1e-9:
-        return "too_narrow", size
-    scale = _cover(row.stored_size, table.nearest(row.stored_size))
-    if config.max_upscale is not None and scale > config.max_upscale:
-        return "upscaled_too_far", f"{size}, enlarged {scale:.2f} times"
-    return None
-
-
-def _cover(size: Size, bucket: Size) -> float:
-    return max(bucket[0] / size[0], bucket[1] / size[1])
-
-
-def _crop(row: Row, bucket: Size, config: DatasetConfig, number: int) -> Row:
-    """The row with its plan. Its random numbers depend on seed, path and number only, not on other pictures."""
-    assert row.stored_size
-    rng = random.Random(f"{config.seed}\n{number}\n{row.path}")
-    flipped = config.flip and rng.random() < 0.5
-    plan = plan_crop(row.stored_size, bucket, config.crop, rng, flipped=flipped)
-    return replace(
-        row,
-        scale=plan.scale,
-        resized_size=plan.resized_size,
-        crop_top_left=plan.crop_top_left,
-        target_size=plan.target_size,
-        flipped=plan.flipped,
-        crop=number,
-    )
-
-
-def read_pixels(root: Path, row: Row, config: DatasetConfig) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def read_pixels(root: Root, row: Row, config: DatasetConfig) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The training pixels of a kept row, ``uint8 [height, width, 3]`` of its bucket.
 
     Raises:
         Refused: the file is gone, or is not the one the row was made from.
     """
-    data = read_bytes(root / row.path)
+    data = open_storage(root).read(row.path)
     if hashlib.sha256(data).hexdigest() != row.sha256:
         raise Refused("changed")
     opened = open_picture(data, config.hygiene)
@@ -156,13 +165,12 @@ def _disagreement(manifest: Manifest, row: Row) -> str | None:
     config = manifest.config
     try:
         pixels = read_pixels(manifest.root, row, config)
-        opened = open_picture(read_bytes(manifest.root / row.path), config.hygiene)
+        opened = open_picture(open_storage(manifest.root).read(row.path), config.hygiene)
     except Refused as refusal:
         return str(refusal)
     if opened.size != row.stored_size:
         return f"stored_size is {row.stored_size}, the file has {opened.size}"
-    again = _crop(row, config.buckets.table().nearest(opened.size), config, row.crop)
-    if again != row:
+    if planned_again(row, config.buckets.table(), config, opened.size) != row:
         return "planning it again gives another crop"
     assert row.resized_size
     assert row.crop_top_left

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
-from sdxl_cli.data.buckets import Size
+from sdxl_cli.data.storage import Root, Storage, is_url, open_storage
+from sdxl_cli.data.tables import Columns, Item, Reader, holds_pictures, parquet_items, table_items
 from sdxl_cli.errors import FileError
 
 SUFFIXES = frozenset(
@@ -19,158 +17,214 @@ SUFFIXES = frozenset(
 """Files that are looked at in a folder; what they really are is decided by their content."""
 
 SIDECARS = (".txt", ".caption")
-TABLES = ("metadata.jsonl", "metadata.csv")
-
-Problem = Literal["not_listed", "caption_unreadable"]
-"""Why a picture is left out before it is opened."""
-
-PROBLEMS: dict[str, str] = {
-    "not_listed": "the folder's metadata table does not name it",
-    "caption_unreadable": "its caption file is not text in UTF-8",
-}
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TABLE_KINDS = (".jsonl", ".csv", ".parquet")
+DESCRIPTION = ".json"
+"""What img2dataset writes beside every picture: caption, original size and more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One picture as its source describes it; nothing is known of the file yet."""
+class Found:
+    """Every picture of a source."""
 
-    path: str
-    """Relative to the root, with forward slashes."""
-    captions: tuple[str, ...] = ()
-    aesthetic_score: float | None = None
-    original_size: Size | None = None
-    """(height, width) before somebody else resized the file, when the source says so."""
-    problem: Problem | None = None
+    root: Root
+    """What the items' paths start from."""
+    items: list[Item]
+    notes: tuple[str, ...] = ()
+    """What was seen and not used, in sentences."""
+    settings: tuple[str, ...] = ()
+    """What the source says about buckets and crops, as ``--set`` texts."""
 
 
-def find_items(root: Path) -> list[Item]:
-    """Every picture below ``root``, in the order of the table, or by name when there is none.
+def find(source: Root, columns: Columns | None = None) -> Found:
+    """Every picture of a folder, a table, a tar, or a kohya dataset file.
 
-    A folder with ``metadata.jsonl`` or ``metadata.csv`` is described by it, with everything below; folders
-    below that have a table of their own are data sets of their own and are left out. Without a table,
-    captions are in ``NAME.txt`` or ``NAME.caption`` beside the picture, one a line.
+    A folder with ``metadata.jsonl``, ``.csv`` or ``.parquet`` is described by it, with everything below; folders
+    below that have a table of their own are data sets of their own and are left out. Otherwise captions are in
+    ``NAME.txt`` or ``NAME.caption`` beside a picture, one a line, tars are read as WebDataset shards, and parquet
+    files with pictures in a column are read row by row.
+
+    Args:
+        source: a folder or file on disk, or a URL of one.
+        columns: names of columns in tables.
 
     Raises:
-        FileError: the folder is missing, holds no pictures, or its table cannot be read.
+        FileError: nothing is there, or it cannot be read.
+        UsageError: a column that was given is not there.
     """
-    if not root.is_dir():
-        raise FileError(f"{root} is not a folder; give the folder that holds the pictures")
-    table = next((root / name for name in TABLES if (root / name).is_file()), None)
-    items = list(_listed(root, table) if table else _walked(root, root))
+    columns = columns or Columns()
+    if not is_url(source) and not Path(source).is_dir():
+        path = Path(source)
+        if not path.is_file():
+            raise FileError(f"{path} is not a folder; give the folder that holds the pictures")
+        if path.suffix == ".toml":
+            from sdxl_cli.data.kohya import find_subsets
+
+            return find_subsets(path)
+        return _checked(path, path.parent, list(_file_items(open_storage(path.parent), path.name, columns)))
+    if is_url(source) and str(source).endswith((*TABLE_KINDS, ".tar")):
+        folder, _, name = str(source).rpartition("/")
+        return _checked(source, folder, list(_file_items(open_storage(folder), name, columns)))
+    walk = _Walk(open_storage(source), columns)
+    try:
+        items = list(walk.all())
+    except OSError as error:
+        raise FileError(f"{source} cannot be read: {error}") from error
+    return _checked(source, source, items, tuple(walk.notes))
+
+
+def _checked(source: Root, root: Root, items: list[Item], notes: tuple[str, ...] = ()) -> Found:
     if not items:
-        raise FileError(f"{root} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    return items
+        raise FileError(f"{source} holds no pictures ({', '.join(sorted(SUFFIXES))}, .tar, .parquet)")
+    return Found(Path(root) if not is_url(root) else root, items, notes)
 
 
-def own_tables(root: Path) -> list[str]:
-    """Folders below a root with a table that have one themselves, and so are left out of it."""
-    if not any((root / name).is_file() for name in TABLES):
-        return []
-    found = {path.parent for name in TABLES for path in root.rglob(name)} - {root}
-    return sorted(path.relative_to(root).as_posix() for path in found)
+def _file_items(storage: Storage, name: str, columns: Columns) -> Iterator[Item]:
+    if name.endswith(".tar"):
+        return tar_items(storage, name, columns)
+    if name.endswith(TABLE_KINDS):
+        return table_items(storage, name, columns)
+    raise FileError(f"{name} is neither a folder nor one of {', '.join((*TABLE_KINDS, '.tar', '.toml'))}")
 
 
-def _walked(folder: Path, root: Path) -> Iterator[Item]:
-    """Pictures with sidecars, sorted; a subfolder with a table is read by its table."""
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        path = Path(entry.path)
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            table = next((path / name for name in TABLES if (path / name).is_file()), None)
-            yield from _listed(root, table) if table else _walked(path, root)
-        elif path.suffix.lower() in SUFFIXES:
-            yield _with_sidecar(path, root)
+class _Walk:
+    """Goes through a folder."""
 
+    def __init__(self, storage: Storage, columns: Columns) -> None:
+        self.storage, self.columns = storage, columns
+        self.notes: list[str] = []
 
-def _with_sidecar(path: Path, root: Path) -> Item:
-    name = path.relative_to(root).as_posix()
-    for suffix in SIDECARS:
-        sidecar = path.with_suffix(suffix)
-        if not sidecar.is_file():
-            continue
+    def all(self) -> Iterator[Item]:
+        """Everything below the root."""
+        return self._folder("", top=True)
+
+    def _folder(self, folder: str, *, top: bool = False) -> Iterator[Item]:
+        entries = [e for e in self.storage.files.entries(folder) if not e.name.startswith(".")]
+        names = [e.name for e in entries if not e.is_folder]
+        table = next((name for name in TABLES if name in names), None)
+        if table is not None:
+            yield from self._listed(_join(folder, table))
+            return
+        describe = _Sidecars(self.storage, folder, names, self.columns)
+        for entry in entries:
+            path = _join(folder, entry.name)
+            if entry.is_folder:
+                yield from self._folder(path)
+            elif entry.name.endswith(".tar"):
+                yield from tar_items(self.storage, path, self.columns)
+            elif entry.name.endswith(".parquet"):
+                yield from self._parquet(path)
+            elif _suffix(entry.name) in SUFFIXES:
+                yield describe(entry.name)
+
+    def _parquet(self, path: str) -> Iterator[Item]:
+        """Rows that have pictures; a table of something else is left alone, and said so."""
         try:
-            lines = sidecar.read_text(encoding="utf-8-sig").splitlines()
-        except (UnicodeDecodeError, OSError):
-            return Item(name, problem="caption_unreadable")
-        return Item(name, tuple(text for line in lines if (text := line.strip())))
-    return Item(name)
+            if holds_pictures(self.storage, path, self.columns):
+                yield from parquet_items(self.storage, path, self.columns)
+            elif not self.storage.files.is_file(f"{path.removesuffix('.parquet')}.tar"):
+                self.notes.append(
+                    f"not read: {path} has no column of pictures; give it itself to use it as a table"
+                )
+        except FileError:
+            yield Item(path, problem="shard_broken")
+
+    def _listed(self, table: str) -> Iterator[Item]:
+        """The table's rows in order, then the pictures that it does not name."""
+        listed = set()
+        for item in table_items(self.storage, table, self.columns):
+            listed.add(item.path)
+            yield item
+        for path in self._unlisted(table.rpartition("/")[0]):
+            if path not in listed:
+                yield Item(path, problem="not_listed")
+
+    def _unlisted(self, folder: str, *, top: bool = True) -> Iterator[str]:
+        entries = [e for e in self.storage.files.entries(folder) if not e.name.startswith(".")]
+        if not top and any(e.name in TABLES for e in entries):
+            self.notes.append(f"left out, because it is a data set of its own: {folder}")
+            return
+        for entry in entries:
+            path = _join(folder, entry.name)
+            if entry.is_folder:
+                yield from self._unlisted(path, top=False)
+            elif _suffix(entry.name) in SUFFIXES:
+                yield path
 
 
-def _listed(root: Path, table: Path) -> Iterator[Item]:
-    """The table's rows in order, then the pictures that it does not name."""
-    prefix = table.parent.relative_to(root)
-    listed = set()
-    for number, row in _rows(table):
-        where = f"{table}: line {number}"
-        name = row.get("file_name")
-        if not name or not isinstance(name, str):
-            raise FileError(f"{where} has no file_name; every row names its picture")
-        path = (prefix / name).as_posix()
-        listed.add(path)
-        yield Item(path, _captions(row, where), _number(row, "aesthetic_score", where), _original(row, where))
-    for item in _unlisted(table.parent, root):
-        if item not in listed:
-            yield Item(item, problem="not_listed")
+class _Sidecars:
+    """Pictures of one folder with what lies beside them."""
+
+    def __init__(self, storage: Storage, folder: str, names: Sequence[str], columns: Columns) -> None:
+        self.storage, self.folder, self.names = storage, folder, frozenset(names)
+        self.reader = Reader(columns, folder or "sidecar", None)
+
+    def __call__(self, name: str) -> Item:
+        stem = name.removesuffix(PurePosixPath(name).suffix)
+        return described(_join(self.folder, name), self._read, stem, self.reader)
+
+    def _read(self, name: str) -> bytes | None:
+        return self.storage.files.read(_join(self.folder, name)) if name in self.names else None
 
 
-def _unlisted(folder: Path, root: Path) -> Iterator[str]:
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        path = Path(entry.path)
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            if not any((path / name).is_file() for name in TABLES):
-                yield from _unlisted(path, root)
-        elif path.suffix.lower() in SUFFIXES:
-            yield path.relative_to(root).as_posix()
+def described(path: str, read: Callable[[str], bytes | None], stem: str, reader: Reader) -> Item:
+    """A picture with its captions and, when img2dataset was there, its original size.
 
-
-def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Line number and values of every row of a JSONL or CSV table."""
+    Args:
+        path: of the picture.
+        read: the content of a file beside it, None when there is none.
+        stem: the picture's name without its ending.
+        reader: for the JSON.
+    """
     try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            if table.suffix == ".csv":
-                yield from enumerate(csv.DictReader(file), 2)
-                return
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise FileError(f"{table}: line {number} is not a JSON object")
-                yield number, row
-    except json.JSONDecodeError as error:
-        raise FileError(f"{table}: a line is not JSON: {error}") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FileError(f"{table} cannot be read: {error}") from error
+        data = read(stem + DESCRIPTION)
+        row = json.loads(data) if data is not None else {}
+        item = reader.item(row if isinstance(row, dict) else {}, path, stem + DESCRIPTION)
+        for suffix in SIDECARS:
+            text = read(stem + suffix)
+            if text is not None:
+                lines = text.decode("utf-8-sig").splitlines()
+                return replace(item, captions=tuple(clean for line in lines if (clean := line.strip())))
+    except (UnicodeDecodeError, OSError, json.JSONDecodeError, FileError):
+        return Item(path, problem="caption_unreadable")
+    return item
 
 
-def _captions(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """``texts`` or ``captions`` (lists), else ``text`` or ``caption`` (one)."""
-    for key in ("texts", "captions", "text", "caption"):
-        value = row.get(key)
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in values):
-            raise FileError(f"{where}: {key} is not text")
-        return tuple(text for item in values if (text := item.strip()))
-    return ()
+def tar_items(storage: Storage, tar: str, columns: Columns) -> Iterator[Item]:
+    """Samples of a WebDataset shard: members that share a name up to the first dot of their last part.
 
-
-def _original(row: Mapping[str, Any], where: str) -> Size | None:
-    height, width = (_number(row, key, where) for key in ("original_height", "original_width"))
-    if not height or not width:
-        return None
-    return int(height), int(width)
-
-
-def _number(row: Mapping[str, Any], key: str, where: str) -> float | None:
-    value = row.get(key)
-    if value is None or value == "":
-        return None
+    https://github.com/webdataset/webdataset and what img2dataset writes: ``000000001.jpg``, ``.txt``, ``.json``.
+    """
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise FileError(f"{where}: {key} is {value!r}, not a number") from error
+        index = storage.tar(tar)
+    except FileError:
+        yield Item(tar, problem="shard_broken")
+        return
+    groups: dict[str, list[str]] = {}
+    for name in index.members:
+        folder, slash, last = name.rpartition("/")
+        groups.setdefault(folder + slash + last.partition(".")[0], []).append(name)
+    reader = Reader(columns, tar, None)
+
+    def read(name: str) -> bytes | None:
+        if name not in index.members:
+            return None
+        start, size = index.members[name]
+        return storage.files.read_range(tar, start, size)
+
+    for stem, names in groups.items():
+        picture = next((name for name in names if _suffix(name) in SUFFIXES), None)
+        if picture is not None:
+            yield described(f"{tar}/{picture}", read, stem, reader)
+        elif any(name.endswith((DESCRIPTION, *SIDECARS)) for name in names):
+            yield replace(described(f"{tar}/{stem}", read, stem, reader), problem="no_picture")
+    if not index.complete:
+        yield Item(tar, problem="shard_truncated")
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()

@@ -13,10 +13,11 @@ from torch import Tensor
 from sdxl_cli.checkpoint.identify import identify
 from sdxl_cli.checkpoint.tensor_file import TensorFile
 from sdxl_cli.data.cache import MAKER_KEY, shards
-from sdxl_cli.data.hygiene import Hygiene, Refused, open_picture, read_bytes
+from sdxl_cli.data.hygiene import Hygiene, Refused, open_picture
 from sdxl_cli.data.loader import read_image, to_tensor
 from sdxl_cli.data.manifest import Row, read_manifest
-from sdxl_cli.data.sources import find_items
+from sdxl_cli.data.sources import find
+from sdxl_cli.data.storage import open_storage
 from sdxl_cli.errors import FileError
 
 MANIFESTS = (".parquet", ".jsonl")
@@ -68,8 +69,7 @@ def _found(path: Path, max_side: int) -> Iterator[Item]:
         files = shards(path)
         yield from (item for file in files for item in _latents(file))
         if not files:
-            names = (item.path for item in find_items(path))
-            yield from (_picture(path / name, name, max_side) for name in names)
+            yield from (_picture(path, item.path, max_side) for item in find(path).items)
     elif not path.exists():
         raise FileError(f"{path}: no such file or folder")
     elif path.suffix == ".safetensors":
@@ -77,13 +77,15 @@ def _found(path: Path, max_side: int) -> Iterator[Item]:
     elif path.suffix in MANIFESTS:
         yield from _rows(path)
     else:
-        yield _picture(path, path.name, max_side)
+        yield _picture(path.parent, path.name, max_side)
 
 
-def _picture(path: Path, name: str, max_side: int) -> Picture:
+def _picture(root: Path, name: str, max_side: int) -> Picture:
+    path = root / name
+
     def load() -> Tensor:
         try:
-            image = open_picture(read_bytes(path), Hygiene(), suffix=path.suffix).image
+            image = open_picture(open_storage(root).read(name), Hygiene(), suffix=path.suffix).image
         except Refused as refusal:
             raise FileError(f"{path}: {refusal}") from refusal
         longest = max(image.size)

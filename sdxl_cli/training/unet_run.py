@@ -15,7 +15,8 @@ from sdxl_cli.checkpoint.read import load_model, load_vae
 from sdxl_cli.checkpoint.write import save_model
 from sdxl_cli.console import get as console
 from sdxl_cli.data.cache import LatentCache, weights_hash
-from sdxl_cli.data.loader import BatchLoader, read_image
+from sdxl_cli.data.encoding import fill_latents
+from sdxl_cli.data.loader import BatchLoader
 from sdxl_cli.data.manifest import Manifest, read_manifest
 from sdxl_cli.errors import UsageError, unknown
 from sdxl_cli.generation.prompt import PAD_BIG_G, PAD_CLIP_L, Tokenizer
@@ -118,14 +119,8 @@ def fill_cache(manifest: Manifest, vae: Autoencoder, folder: Path) -> LatentCach
     """Encode every crop that is not in the cache yet."""
     cache = LatentCache(folder, weights_hash(vae.state_dict()), manifest.config.hygiene)
     missing = cache.missing(manifest.kept)
-
-    @torch.no_grad()
-    def encode(images: Tensor) -> tuple[Tensor, Tensor]:
-        moments = vae.encode(images)
-        return moments.mean, moments.logvar
-
     with console().bar("encoding", total=len(missing)) as bar:
-        for added in cache.fill(manifest.kept, lambda row: read_image(manifest, row), encode):
+        for added in fill_latents(cache, manifest, vae):
             bar.advance(added)
     return cache
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -52,6 +52,7 @@ class UNetTask:
         noise = training_noise(tuple(latent.shape), config.noise_offset, generator)
         sigma = self.schedule.sigmas[levels]
         noised = add_noise(latent, noise, sigma, config.prediction, config.min_snr_gamma)
+        noised = replace(noised, weight=noised.weight * batch.weight)
         text = self._text(batch.captions, generator)
         cond = condition(model.config, text, micro_conditions(batch))
         network_input = noised.network_input.contiguous(memory_format=torch.channels_last)

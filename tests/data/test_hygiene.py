@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from sdxl_cli.data.hygiene import Hygiene, Opened, Refused, open_picture, read_bytes
+from sdxl_cli.data.hygiene import Hygiene, Opened, Refused, open_picture
+from sdxl_cli.data.storage import open_storage
 from tests.data.pictures import noise
 
 
@@ -192,5 +193,5 @@ def test_files_that_are_missing_or_empty(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     for name, reason in (("empty.png", "empty"), ("nowhere.png", "missing"), (".", "unreadable")):
         with pytest.raises(Refused) as caught:
-            read_bytes(tmp_path / name)
+            open_storage(tmp_path).read(name)
         assert caught.value.reason == reason

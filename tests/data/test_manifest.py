@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from sdxl_cli.data.manifest import DatasetConfig, Manifest, read_manifest, write_manifest
-from sdxl_cli.data.report import summarise
 from sdxl_cli.data.scan import read_pixels, verify
+from sdxl_cli.data.summary import Filter, summarise
 from sdxl_cli.errors import FileError, UsageError
 from tests.data.pictures import TINY, make_manifest, noise
 
@@ -28,6 +29,17 @@ def test_what_is_read_back_is_what_was_written(pictures: Path, tmp_path: Path, n
     assert read_manifest(tmp_path / name) == manifest
     moved = pictures.rename(tmp_path / "moved")
     assert read_manifest(tmp_path / name, root=moved).root == moved
+
+
+def test_older_manifests_are_read(pictures: Path, tmp_path: Path) -> None:
+    manifest = make_manifest(pictures, CONFIG)
+    write_manifest(tmp_path / "m.parquet", manifest)
+    table = pq.read_table(tmp_path / "m.parquet").drop_columns(["tokens_clip_l", "tokens_big_g", "repeats"])
+    pq.write_table(table, tmp_path / "m.parquet")
+    assert read_manifest(tmp_path / "m.parquet") == manifest
+    pq.write_table(table.drop_columns(["sha256"]), tmp_path / "m.parquet")
+    with pytest.raises(FileError, match="sha256"):
+        read_manifest(tmp_path / "m.parquet")
 
 
 def test_a_manifest_is_never_replaced_by_accident(pictures: Path, tmp_path: Path) -> None:
@@ -141,6 +153,6 @@ def test_the_summary_counts_pictures_once(pictures: Path) -> None:
     assert (summary.pictures, summary.kept, summary.crops) == (14, 13, 39)
     assert summary.refused == {"not_listed": 1}
     assert sum(b.pictures for b in summary.buckets) == 13
-    assert summary.below_256 == 13
+    assert summary.filters[1] == Filter(256, 13, 1.0)
     assert summary.upscaled == 1 + 1
     assert summary.largest_scale == 2.0

@@ -39,6 +39,7 @@ class Repeating:
             target_size=[(64, 64)] * 3,
             aesthetic_score=[6.0, 5.0, 4.0],
             ids=["a", "b", "c"],
+            weight=torch.ones(3),
         )
 
 
@@ -198,7 +199,9 @@ def test_a_short_batch_is_trained_on_as_it_is() -> None:
         def batch(self, step: int) -> Batch:
             assert whole.latents
             latents = Latents(whole.latents.mean[:1], whole.latents.logvar[:1])
-            lists = {n: getattr(whole, n)[:1] for n in Batch.__slots__ if n not in ("images", "latents")}
+            lists = {
+                n: getattr(whole, n)[:1] for n in Batch.__slots__ if n not in ("images", "latents", "text")
+            }
             return Batch(images=None, latents=latents, **lists)
 
     recorder.answer = recorder.answer[:1]
