@@ -69,7 +69,7 @@ def charts(manifest: Manifest) -> list[Chart]:
             f"{_percent(sum(s > 1 for s in scales), len(scales))} are enlarged to fill their bucket; "
             f"the most {max(scales):.2f} times. Right of the line: enlarged.",
             230,
-            partial(_histogram, [math.log2(s) for s in scales], 24, 0.0, lambda v: f"{2**v:.2g}x"),
+            partial(_histogram, [math.log2(s) for s in scales], 24, 0.0, lambda v: f"{2**v:.3g}x"),
         ),
         Chart(
             "Cut off",
@@ -99,7 +99,7 @@ def _heat_map(sizes: Sequence[Size], canvas: Canvas, left: float, top: float, wi
         return
     sides = sorted(max(size) for size in sizes)
     most = max(2 * PAPER_SIDE, sides[min(len(sides) - 1, int(0.99 * len(sides)))])
-    step = _round_step(most, 6)
+    step = int(_round_step(most, 6))
     most = math.ceil(most / step) * step
     side = min(420.0, width - 160)
     x0, y0, cell = left + 56, top + 6, side / CELLS
@@ -187,17 +187,19 @@ def _histogram(
     highest = max(counts.values())
     x0, base, room, tall = left + 48, top + 180, width - 60, 165.0
     each = room / (last + 1)
-    for share in (0.0, 0.5, 1.0):
-        canvas.line(x0, base - tall * share, x0 + room, base - tall * share, RULE)
-        canvas.text(x0 - 6, base - tall * share, f"{highest * share:g}", size=11, anchor="end", colour=FAINT)
+    rise = max(1, int(_round_step(highest, 4)))
+    for count in range(0, highest + 1, rise):
+        y = base - tall * count / highest
+        canvas.line(x0, y, x0 + room, y, RULE)
+        canvas.text(x0 - 6, y, str(count), size=11, anchor="end", colour=FAINT)
     for place, count in counts.items():
         height = max(1.0, tall * count / highest)
         hint = f"{count}: {label(low + place * step)} to {label(low + (place + 1) * step)}"
         canvas.rect(x0 + place * each + 1, base - height, each - 2, height, BAR, hint)
-    for tick in range(7):
-        place = tick / 6
-        at = low + place * (last + 1) * step
-        canvas.text(x0 + place * room, base + 14, label(at), size=11, anchor="middle", colour=FAINT)
+    gap = _round_step((last + 1) * step, 6)
+    for number in range(math.ceil(low / gap - 1e-9), math.floor((low + (last + 1) * step) / gap + 1e-9) + 1):
+        place = (number * gap - low) / step * each
+        canvas.text(x0 + place, base + 14, label(number * gap), size=11, anchor="middle", colour=FAINT)
     if mark is not None:
         x = x0 + (mark - low) / step * each
         canvas.line(x, base - tall - 8, x, base, MARK, dashed=True)
@@ -212,11 +214,11 @@ def _bin(value: float, low: float, step: float, mark: float | None) -> int:
     return max(0, int(place - 1e-9))
 
 
-def _round_step(span: float, ticks: int) -> int:
+def _round_step(span: float, ticks: int) -> float:
     """1, 2 or 5 times a power of ten, for about that many ticks."""
-    raw = max(1.0, span / ticks)
+    raw = span / ticks
     power = 10.0 ** math.floor(math.log10(raw))
-    return int(next(f * power for f in (1, 2, 5, 10) if f * power >= raw))
+    return next(f * power for f in (1, 2, 5, 10) if f * power >= raw * (1 - 1e-9))
 
 
 def _percent(part: int, whole: int) -> str:

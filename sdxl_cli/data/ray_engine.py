@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,9 @@ def on_ray(look: Look, items: Sequence[Item]) -> Iterator[list[Row]]:
         import ray
     except ImportError as error:
         raise UsageError("--engine ray needs Ray; install it with: pip install 'sdxl-cli[ray]'") from error
-    ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    ray.init(
+        ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     tasks = [{"number": n, "items": list(chunk)} for n, chunk in enumerate(chunks(items, CHUNK))]
 

@@ -55,8 +55,12 @@ def test_a_bucket_that_fits_needs_no_enlarging(size: Size, step: int) -> None:
 
 @some
 @given(
-    st.integers(64, 2048), st.sampled_from([8, 16, 32, 64]), st.integers(64, 1024), st.integers(256, 4096), st.floats(1, 8)
-)  # fmt: skip
+    st.integers(64, 2048),
+    st.sampled_from([8, 16, 32, 64]),
+    st.integers(64, 1024),
+    st.integers(256, 4096),
+    st.floats(1, 8),
+)
 def test_made_tables_are_all_that_fits(side: int, step: int, least: int, most: int, aspect: float) -> None:
     try:
         grid = Grid(area=side * side, step=step, min_side=least, max_side=most, max_aspect=aspect)
@@ -226,8 +230,11 @@ def test_merging_moves_few_leaves_at_most_one_ragged_and_stays_true(
     pictures: list[Size], batch: int, upscaling: bool
 ) -> None:
     config = DatasetConfig(
-        buckets=BucketConfig(sizes=PAPER.sizes), remainder="merge", batch_size=batch, max_upscale=None if upscaling else 50.0
-    )  # fmt: skip
+        buckets=BucketConfig(sizes=PAPER.sizes),
+        remainder="merge",
+        batch_size=batch,
+        max_upscale=None if upscaling else 50.0,
+    )
     rows = [
         plan_row(Row(path=str(i), stored_size=size), PAPER.nearest(size), config, 0)
         for i, size in enumerate(pictures)
