@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_cli.checkpoint.identify import Prediction
+from sdxl_cli.checkpoint.identify import Prediction, named_prediction
 from sdxl_cli.errors import FileError
 from sdxl_cli.model.config import Activation, ModelConfig, Scalar, TextTowerConfig, UNetConfig, VAEConfig
 
@@ -82,7 +82,7 @@ def read_pipeline(path: Path, variant: str | None) -> Folder:
     return Folder(
         components=tuple(Component(name, weights(path / name, name, variant)) for name in present),
         config=config,
-        prediction="v" if scheduler.get("prediction_type") == "v_prediction" else "eps",
+        prediction=named_prediction(str(scheduler.get("prediction_type", ""))),
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")),
     )
 

@@ -12,7 +12,8 @@ from sdxl_cli.errors import FileError
 from sdxl_cli.model.config import BASE, PREFIXES, REFINER, ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
-Prediction = Literal["eps", "v"]
+Prediction = Literal["eps", "v", "x0"]
+"""The noise, the velocity, or the clean latent itself."""
 Layout = Literal["original", "diffusers"]
 Kind = Literal["base", "refiner", "inpaint", "vae", "unet", "text encoder", "adapter", "other"]
 
@@ -23,6 +24,15 @@ CONFIG_KEY = "sdxl.config"
 TOKEN_IDS = "sdxl.token_ids"
 """Tensor: the token ids whose rows a vocabulary-pruned file keeps, I64 [n]; the tables have n + 1 rows."""
 
+V_KEY, ZERO_SNR_KEY = "v_pred", "ztsnr"
+"""Tensors without content by which ComfyUI and others know v-prediction and zero terminal SNR."""
+_PREDICTIONS: dict[str, Prediction] = {
+    "v": "v",
+    "v_prediction": "v",
+    "vpred": "v",
+    "x0": "x0",
+    "sample": "x0",
+}
 _EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 _LORA_MARKS = (
     ".lora_down.",
@@ -48,6 +58,8 @@ class Identity:
     """The sizes, for kinds that are SDXL or a part of it. A VAE or U-Net alone has the released sizes elsewhere."""
     prediction: Prediction = "eps"
     zero_terminal_snr: bool = False
+    title: str = ""
+    """What its metadata calls it."""
     tensors: int = 0
     parameters: int = 0
     """Elements of all tensors."""
@@ -74,7 +86,8 @@ def identify(shapes: Shapes, metadata: Mapping[str, str]) -> Identity:
     return replace(
         found,
         prediction=_prediction(shapes, metadata),
-        zero_terminal_snr="ztsnr" in shapes,
+        zero_terminal_snr=ZERO_SNR_KEY in shapes,
+        title=metadata.get("modelspec.title", ""),
         tensors=len(shapes),
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         ignored=_ignored(found, shapes),
@@ -126,14 +139,19 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _prediction(shapes: Shapes, metadata: Mapping[str, str]) -> Prediction:
-    stated = metadata.get("modelspec.prediction_type", "").lower()
-    return "v" if "v_pred" in shapes or stated in ("v", "v_prediction", "v-prediction", "vpred") else "eps"
+    return "v" if V_KEY in shapes else named_prediction(metadata.get("modelspec.prediction_type", ""))
+
+
+def named_prediction(name: str) -> Prediction:
+    """A name that metadata or a diffusers scheduler has for what a model predicts; the noise where it says nothing."""
+    return _PREDICTIONS.get(name.strip().lower().replace("-", "_"), "eps")
 
 
 def _ignored(identity: Identity, shapes: Shapes) -> tuple[str, ...]:
     if identity.kind not in ("base", "refiner", "inpaint"):
         return ()
-    return tuple(name for name in shapes if not name.startswith((UNET, VAE, TEXT)) and name != TOKEN_IDS)
+    marks = (TOKEN_IDS, V_KEY, ZERO_SNR_KEY)
+    return tuple(name for name in shapes if not name.startswith((UNET, VAE, TEXT)) and name not in marks)
 
 
 def stored_config(metadata: Mapping[str, str]) -> ModelConfig | None:

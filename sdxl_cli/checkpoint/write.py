@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from sdxl_cli import __version__
 from sdxl_cli.checkpoint import vocabulary
-from sdxl_cli.checkpoint.identify import CLIP_L, CONFIG_KEY, TEXT, TOKEN_IDS, VAE, Prediction
+from sdxl_cli.checkpoint.identify import (
+    CLIP_L,
+    CONFIG_KEY,
+    TEXT,
+    TOKEN_IDS,
+    V_KEY,
+    VAE,
+    ZERO_SNR_KEY,
+    Prediction,
+)
 from sdxl_cli.checkpoint.stream import Pending, write_pending
 from sdxl_cli.model.config import BASE, REFINER, ModelConfig, VAEConfig
 from sdxl_cli.model.sdxl import SDXL
@@ -32,6 +41,7 @@ def save_model(
     metadata: Mapping[str, str] | None = None,
     title: str | None = None,
     prediction: Prediction = "eps",
+    zero_terminal_snr: bool = False,
     keep_token_ids: Sequence[int] | None = None,
 ) -> None:
     """Write a model, with the parts it has, as one file in the released layout.
@@ -44,6 +54,7 @@ def save_model(
         metadata: added to, and stronger than, what is written anyway.
         title: ``modelspec.title``; default the file's name.
         prediction: what the U-Net predicts.
+        zero_terminal_snr: whether it was trained down to pure noise.
         keep_token_ids: write only these rows of the token tables (see :mod:`sdxl_cli.checkpoint.vocabulary`);
             default: those the model was loaded with.
 
@@ -57,10 +68,13 @@ def save_model(
         # no network uses it, but the released file has it and strict readers of that layout want it
         positions = torch.arange(config.clip_l.context_length)[None]
         state.setdefault(f"{CLIP_L}text_model.embeddings.position_ids", positions)
+    # other programs know these kinds by tensors without content
+    marks = ((V_KEY, prediction == "v"), (ZERO_SNR_KEY, zero_terminal_snr))
+    state |= {name: torch.zeros(0) for name, on in marks if on}
     if keep_token_ids is not None:
         state |= _pruned(state, config, keep_token_ids)
     notes = modelspec(Path(path), config, title) | {
-        "modelspec.prediction_type": {"eps": "epsilon", "v": "v"}[prediction]
+        "modelspec.prediction_type": {"eps": "epsilon", "v": "v", "x0": "sample"}[prediction]
     }
     save_tensors(path, state, notes | config_note(config) | dict(metadata or {}), dtype=dtype)
 

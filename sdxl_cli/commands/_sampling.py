@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-PROMPT, MODEL, CONDITIONS, MACHINE, OUTPUT = (
+PROMPT, MODEL, GUIDANCE, CONDITIONS, MACHINE, OUTPUT = (
     "Prompt",
     "Model",
+    "Guidance",
     "What the model is told",
     "Where it runs",
     "Output and configuration",
@@ -66,6 +67,74 @@ EmbeddingsDir = Annotated[
     str | None,
     typer.Option(help="A folder of textual inversions.", metavar="FOLDER", rich_help_panel=PROMPT),
 ]
+NegativePromptTwo = Annotated[
+    str | None,
+    typer.Option(
+        "--negative-prompt-2",
+        help="Another negative prompt for the bigG text encoder.",
+        metavar="TEXT",
+        rich_help_panel=GUIDANCE,
+    ),
+]
+EmptyNegative = Annotated[
+    str | None,
+    typer.Option(
+        help="Without a negative prompt: zeros, or encode the empty text.",
+        metavar="zeros|encode",
+        rich_help_panel=GUIDANCE,
+    ),
+]
+CfgRescale = Annotated[
+    float | None,
+    typer.Option(
+        "--cfg-rescale",
+        "--guidance-rescale",
+        help="Take back this share of the contrast guidance adds, 0 to 1; 0.7 is usual for v models.",
+        metavar="X",
+        rich_help_panel=GUIDANCE,
+    ),
+]
+CfgInterval = Annotated[
+    str | None,
+    typer.Option(
+        help="Guide only there: shares of the noise levels, 0 for none, such as 0.2:0.8; or sigma=0.28:5.42.",
+        metavar="LO:HI",
+        rich_help_panel=GUIDANCE,
+    ),
+]
+CfgSchedule = Annotated[
+    str | None,
+    typer.Option(
+        help="constant, linear or cosine (down to 1), linear-up, cosine-up, or scales such as 7,5,3.",
+        metavar="NAME",
+        rich_help_panel=GUIDANCE,
+    ),
+]
+AdmScale = Annotated[
+    str | None,
+    typer.Option(
+        help="Original sizes told at first, times these: POSITIVE:NEGATIVE:SHARE such as 1.5:0.8:0.3.",
+        metavar="P:N:X",
+        rich_help_panel=GUIDANCE,
+    ),
+]
+Prediction = Annotated[
+    str | None,
+    typer.Option(
+        help="What the model predicts: auto (what its file says), eps, v or x0.",
+        metavar="NAME",
+        rich_help_panel=MODEL,
+    ),
+]
+ZeroTerminalSnr = Annotated[
+    bool | None,
+    typer.Option(
+        "--zero-terminal-snr/--no-zero-terminal-snr",
+        help="Whether the model was trained down to pure noise; default: what its file says.",
+        rich_help_panel=MODEL,
+        show_default=False,
+    ),
+]
 Vae = Annotated[
     str | None,
     typer.Option(help="Another autoencoder: file or folder.", metavar="FILE", rich_help_panel=MODEL),
@@ -76,7 +145,7 @@ Steps = Annotated[
 CfgScale = Annotated[
     float | None,
     typer.Option(
-        "--cfg-scale", "--guidance-scale", help="Strength of the prompt; 1 is no guidance.", metavar="X"
+        "--cfg-scale", "--guidance-scale", help="Strength of the prompt; 1 or 0 is no guidance.", metavar="X"
     ),
 ]
 Sampler = Annotated[

@@ -117,8 +117,7 @@ class Worker:
             share = plan.request.share_of_noise  # type: ignore[attr-defined]
             self.console.note(f"{label}{plan.canvas.describe()}; strength {share:g}: {plan.share()}")
         height, width = plan.framing.size
-        cfg = f"cfg {plan.request.cfg_scale:g}"
-        self.console.note(f"{label}{width}x{height}, {plan.split()}, {plan.sampler.label}, {cfg}")
+        self.console.note(f"{label}{width}x{height}, {plan.split()}, {plan.sampler.label}, {plan.guidance}")
         started, pictures, paths = time.perf_counter(), [], []
         bare = self.given["no_metadata"]
         source = None if bare else source_of(plan.request)

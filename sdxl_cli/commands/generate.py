@@ -107,6 +107,14 @@ def command(
     refiner_mode: canvas.RefinerMode = None,
     refiner_strength: canvas.RefinerStrength = None,
     vae: flags.Vae = None,
+    negative_prompt_2: flags.NegativePromptTwo = None,
+    empty_negative: flags.EmptyNegative = None,
+    cfg_rescale: flags.CfgRescale = None,
+    cfg_interval: flags.CfgInterval = None,
+    cfg_schedule: flags.CfgSchedule = None,
+    adm_scale: flags.AdmScale = None,
+    prediction: flags.Prediction = None,
+    zero_terminal_snr: flags.ZeroTerminalSnr = None,
     original_size: flags.OriginalSize = None,
     crop_top_left: flags.CropTopLeft = None,
     target_size: flags.TargetSize = None,
@@ -188,18 +196,20 @@ def _request(given: dict[str, Any]) -> tuple[GenerateRequest, Stored | None]:
 def _locate(request: GenerateRequest, console: Console) -> list[ModelFiles]:
     """The files of the base and, when asked for, of the refiner; wrong ones are told before torch is imported."""
     from sdxl_cli.checkpoint.locate import locate
+    from sdxl_cli.generation.settling import settled
 
     base = locate(request.model, "base")
     if request.vae is not None:
         base = base.with_vae(locate(request.vae, "vae"))
     console.note(f"model: {base.describe()}")
+    base = settled(base, console, prediction=request.prediction, zero_terminal_snr=request.zero_terminal_snr)
     if request.refiner is None:
         return [base]
     refiner = locate(request.refiner, "refiner")
     if refiner.config.vae.z_channels != base.config.vae.z_channels:
         raise UsageError(f"--refiner {request.refiner}: its latents are not those of {base.name}")
     console.note(f"refiner: {refiner.describe()}")
-    return [base, refiner]
+    return [base, settled(refiner, console)]
 
 
 def _buckets(native: int) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sdxl_cli.generation.weights import FileWeights
 
 PANEL = "Generate"
-TEXTS = ("prompt", "prompt_2", "negative_prompt")
+TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 READING = ("prompt_syntax", "emphasis", "embedding", "embeddings_dir")
 """Without these the texts would mean something else than they did."""
 
@@ -65,6 +65,14 @@ def command(
         ),
     ] = None,
     vae: flags.Vae = None,
+    negative_prompt_2: flags.NegativePromptTwo = None,
+    empty_negative: flags.EmptyNegative = None,
+    cfg_rescale: flags.CfgRescale = None,
+    cfg_interval: flags.CfgInterval = None,
+    cfg_schedule: flags.CfgSchedule = None,
+    adm_scale: flags.AdmScale = None,
+    prediction: flags.Prediction = None,
+    zero_terminal_snr: flags.ZeroTerminalSnr = None,
     original_size: flags.OriginalSize = None,
     crop_top_left: flags.CropTopLeft = None,
     target_size: flags.TargetSize = None,
@@ -128,12 +136,13 @@ def _request(picture: Path, given: dict[str, Any]) -> RefineRequest:
 def _locate(request: RefineRequest, console: Console) -> ModelFiles:
     """The files of the model; by default a refiner, but a base is as welcome."""
     from sdxl_cli.checkpoint.locate import locate
+    from sdxl_cli.generation.settling import settled
 
     files = locate(request.model, "refiner" if request.model in (None, "bundled") else "model")
     if request.vae is not None:
         files = files.with_vae(locate(request.vae, "vae"))
     console.note(f"model: {files.describe()}")
-    return files
+    return settled(files, console, prediction=request.prediction, zero_terminal_snr=request.zero_terminal_snr)
 
 
 def _places(pictures: list[Path], output: str | None, overwrite: bool) -> list[Target]:
@@ -161,7 +170,7 @@ def _refine(
     from sdxl_cli.generation.session import fit_to_model, source_record
 
     pixels = fit_to_model(read_pixels(picture), size_multiple(weights.config), picture.name, console)
-    plan = plan_refinement(request, (pixels.shape[0], pixels.shape[1]))
+    plan = plan_refinement(request, (pixels.shape[0], pixels.shape[1]), weights.formulation)
     console.note(f"{picture.name}: {plan.steps} of {request.steps} steps: {plan.split()}")
     result = refine(plan, pixels, weights, console)
     texts = Texts()

@@ -1,16 +1,14 @@
-"""From a network that predicts noise (or v) to a denoiser D(x; sigma) that predicts the clean latent."""
+"""From a network's output (noise, v or the clean latent) to a denoiser D(x; sigma) that predicts the clean latent."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sdxl_cli.diffusion.formulation import Prediction
 from sdxl_cli.diffusion.schedule import NoiseSchedule
-
-Prediction = Literal["eps", "v"]
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(scaled latents [B, C, h, w], indices [B], crossattn [B, T, ctx], vector [B, adm]) -> prediction."""
@@ -25,7 +23,7 @@ def to_denoised(prediction: Prediction, output: Tensor, x: Tensor, sigma: Tensor
     """The clean latent that a network output stands for: D = c_skip · x + c_out · output.
 
     eps: c_skip 1, c_out -sigma. v: c_skip 1 / (sigma² + 1), c_out -sigma / sqrt(sigma² + 1)
-    (facts: sgm EpsScaling and VScaling).
+    (facts: sgm EpsScaling and VScaling). x0: it is the output.
 
     Args:
         prediction: what the network predicts.
@@ -33,6 +31,8 @@ def to_denoised(prediction: Prediction, output: Tensor, x: Tensor, sigma: Tensor
         x: noisy latent, not scaled [B, C, h, w].
         sigma: noise level, broadcastable to x.
     """
+    if prediction == "x0":
+        return output
     if prediction == "eps":
         return x - sigma * output
     return x / (sigma.square() + 1.0) - sigma * input_scale(sigma) * output
@@ -58,10 +58,17 @@ class Denoiser:
         Returns:
             Denoised latents, fp32 [B, C, h, w].
         """
+        return self.denoised(self.predict(x, sigma, crossattn, vector), x, sigma)
+
+    def predict(self, x: Tensor, sigma: float, crossattn: Tensor, vector: Tensor) -> Tensor:
+        """What the network says, fp32 [B, C, h, w]; arguments as above."""
         index = self.schedule.index_of(sigma)
-        # stays on the CPU, as a scalar operand: copied over, every step would wait for the device
-        level = self.schedule.sigmas[index]
         indices = torch.full((len(x),), index, dtype=torch.long, device=x.device)
-        scaled = (x * input_scale(level)).to(crossattn.dtype)
-        output = self.network(scaled, indices, crossattn, vector).to(x.dtype)
+        scaled = (x * input_scale(self.schedule.sigmas[index])).to(crossattn.dtype)
+        return self.network(scaled, indices, crossattn, vector).to(x.dtype)
+
+    def denoised(self, output: Tensor, x: Tensor, sigma: float) -> Tensor:
+        """The clean latents [B, C, h, w] that an output at ``x`` stands for."""
+        # the level stays on the CPU, as a scalar operand: copied over, every step would wait for the device
+        level = self.schedule.sigmas[self.schedule.index_of(sigma)]
         return to_denoised(self.prediction, output, x, level)

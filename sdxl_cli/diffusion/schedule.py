@@ -15,16 +15,23 @@ TRAIN_STEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
 
 
-def sigma_table() -> Tensor:
-    """The 1000 noise levels, ascending, 0.0292 … 14.6146 (facts: sgm discretizer.py).
+def signal_shares() -> Tensor:
+    """ᾱ of the 1000 noise levels, descending: products of 1 - beta with "scaled linear" betas (sgm discretizer.py).
 
-    sigma² = (1 - ᾱ) / ᾱ with "scaled linear" betas, in float64 until the last step.
+    Returns:
+        float64 [1000].
+    """
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def sigma_table() -> Tensor:
+    """The 1000 noise levels, ascending, 0.0292 … 14.6146: sigma² = (1 - ᾱ) / ᾱ, in float64 until the last step.
 
     Returns:
         float32 [1000].
     """
-    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
-    alphas = torch.cumprod(1.0 - betas, dim=0)
+    alphas = signal_shares()
     return ((1.0 - alphas) / alphas).float() ** 0.5
 
 

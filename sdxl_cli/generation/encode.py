@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from sdxl_cli.diffusion.denoiser import Denoiser, Network
-from sdxl_cli.diffusion.guidance import Guided
-from sdxl_cli.diffusion.schedule import NoiseSchedule
+from sdxl_cli.diffusion.guidance import Emphasis, Guided
 from sdxl_cli.generation.checks import require_finite
+from sdxl_cli.generation.guidance_texts import parse_emphasis
+from sdxl_cli.generation.guiding import settle
 from sdxl_cli.generation.request import Framing, SamplingRequest
 from sdxl_cli.generation.text_features import encode_text, of_one_length, require_readable
 from sdxl_cli.generation.weights import Weights
@@ -32,8 +33,8 @@ class Prompts:
 def encode_prompts(request: SamplingRequest, weights: Weights) -> Prompts:
     """Run the text encoders over the prompt and the negative prompt.
 
-    Without a negative prompt the base gets zeros, features and pooled, as the original does; a refiner's is always
-    encoded, the empty one too (facts.md section 4).
+    Without a negative prompt the base gets zeros, features and pooled, as the original does, unless the empty text
+    is asked for; a refiner's is always encoded, the empty one too (facts.md section 4).
 
     Raises:
         UsageError: the encoders have not the layer asked for.
@@ -44,8 +45,9 @@ def encode_prompts(request: SamplingRequest, weights: Weights) -> Prompts:
     require_readable(request.texts(), reader, weights.config)
     encoders = weights.text()
     positive = encode_text(encoders, request.prompt, request.prompt_2, weights.device, reader)
-    if request.negative_prompt or weights.config.is_refiner:
-        negative = encode_text(encoders, request.negative_prompt or "", None, weights.device, reader)
+    texts = (request.negative_prompt, request.negative_prompt_2)
+    if any(texts) or weights.config.is_refiner or request.empty_negative == "encode":
+        negative = encode_text(encoders, texts[0] or "", texts[1], weights.device, reader)
     else:
         negative = positive.zeros()
     for features in (positive, negative):
@@ -59,26 +61,49 @@ def guided(
     prompts: Prompts,
     framing: Framing,
     request: SamplingRequest,
-    schedule: NoiseSchedule,
+    sigmas: Tensor,
     batch: int,
     seen: Tensor | None = None,
 ) -> Guided:
     """The guided denoiser of ``batch`` pictures: the U-Net with both prompts and all micro-conditions.
 
+    ``sigmas`` [n + 1] are the noise levels of the whole run, which a schedule of the guidance goes along;
     ``seen`` [batch, 5, h, w] is what an inpainting U-Net reads beside the latents.
     """
-    positive, negative = micro_conditions(framing, request)
-    sides = ((prompts.negative, negative), (prompts.positive, positive))
-    crossattn = tuple(_repeat(text.crossattn, batch) for text, _ in sides)
-    vectors = tuple(
-        _repeat(conditioning_vector(weights.config, text.pooled, [m]), batch) for text, m in sides
-    )
+    schedule = weights.formulation.schedule()
+    sides = micro_conditions(framing, request)
+    emphasis = None
+    if request.adm_scale is not None:
+        early = parse_emphasis(request.adm_scale)
+        scaled = (_scaled(sides[0], early.positive), _scaled(sides[1], early.negative))
+        emphasis = Emphasis(_vectors(weights, prompts, scaled, batch), early.above(schedule))
     return Guided(
-        denoiser=Denoiser(_network(weights, seen), schedule, weights.prediction),
-        crossattn=(crossattn[0], crossattn[1]),
-        vector=(vectors[0], vectors[1]),
-        cfg_scale=request.cfg_scale,
+        denoiser=Denoiser(_network(weights, seen), schedule, weights.formulation.prediction),
+        crossattn=(
+            _repeat(prompts.negative.crossattn, batch),
+            _repeat(prompts.positive.crossattn, batch),
+        ),
+        vector=_vectors(weights, prompts, sides, batch),
+        guidance=settle(request, schedule, sigmas),
+        emphasis=emphasis,
     )
+
+
+def _vectors(
+    weights: Weights, prompts: Prompts, sides: tuple[MicroConditioning, MicroConditioning], batch: int
+) -> tuple[Tensor, Tensor]:
+    """Of the negative and of the positive side, [B, adm]; ``sides`` are positive and negative."""
+    positive, negative = sides
+    return (
+        _repeat(conditioning_vector(weights.config, prompts.negative.pooled, [negative]), batch),
+        _repeat(conditioning_vector(weights.config, prompts.positive.pooled, [positive]), batch),
+    )
+
+
+def _scaled(micro: MicroConditioning, factor: float) -> MicroConditioning:
+    """The same with another original size, in whole pixels (Fooocus modules/patch.py)."""
+    height, width = micro.original_size
+    return replace(micro, original_size=(int(height * factor), int(width * factor)))
 
 
 def _network(weights: Weights, seen: Tensor | None) -> Network:

@@ -24,6 +24,7 @@ LIGHT_FIELDS = frozenset({
     "embeddings_dir", "init_img", "strength", "exact_steps", "resize_mode", "background", "mask",
     "invert_mask", "mask_blur", "mask_content", "only_masked", "mask_padding", "outpaint",
     "refiner_mode", "refiner_strength", "hires_scale", "hires_steps", "hires_denoising_strength", "hires_upscaler",
+    "negative_prompt_2", "empty_negative", "cfg_rescale", "cfg_interval", "cfg_schedule", "adm_scale",
 })  # fmt: skip
 """Fields that another value of needs no other weights. A field that is not listed makes a model load again: slow
 when it need not have been, never wrong."""
@@ -111,7 +112,9 @@ class Workshop:
             files, models = self._open(job.request)
             configs = [model.config for model in files]
             buckets = self._buckets(configs[0].native_size) if job.request.size else ()
-            plan = plan_generation(job.request, *configs, buckets=buckets)
+            plan = plan_generation(
+                job.request, *configs, buckets=buckets, formulation=models.base.formulation
+            )
         except SdxlError as error:
             if not job.where or str(error).startswith(job.where):
                 raise

@@ -192,7 +192,7 @@ class Run:
         watch = FiniteWatch(weights.dtype, "--dtype")
         with stage(report, "unet"):
             self._expert = guided(
-                weights, prompts, plan.framing, plan.request, plan.schedule, len(self.seeds), self.start.seen
+                weights, prompts, plan.framing, plan.request, plan.sigmas, len(self.seeds), self.start.seen
             )
             # an inpainting U-Net sees what is not repainted beside its latents
             plain = weights.config.unet.in_channels == PLAIN
@@ -275,6 +275,7 @@ def record(
         "dtype": NAMES[main.dtype],
         "vae_dtype": NAMES[main.vae_dtype],
         "torch": str(torch.__version__),
+        "prediction": str(main.formulation),
         "steps": plan.split(),
     }
     return Record(

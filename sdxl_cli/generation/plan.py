@@ -11,11 +11,13 @@ from typing import Literal
 from torch import Tensor
 
 from sdxl_cli.diffusion import schedule as schedules
+from sdxl_cli.diffusion.formulation import Formulation
 from sdxl_cli.diffusion.samplers import resolve as resolve_sampler
 from sdxl_cli.diffusion.samplers.base import Sampler
 from sdxl_cli.diffusion.schedule import NoiseSchedule
 from sdxl_cli.errors import UsageError
 from sdxl_cli.generation.canvas import Canvas, open_canvas
+from sdxl_cli.generation.guiding import describe
 from sdxl_cli.generation.request import (
     Framing,
     GenerateRequest,
@@ -70,6 +72,11 @@ class Plan:
         """The index 0 … 999 that the network is told at each step."""
         return [self.schedule.index_of(sigma) for sigma in self.sigmas[:-1].tolist()]
 
+    @property
+    def guidance(self) -> str:
+        """Guidance in a few words: ``cfg 5 in 18 of 30 steps, t=795→233``."""
+        return describe(self.request, self.schedule, self.sigmas)
+
     def steps_of(self, name: Expert) -> int:
         """How many of this pass's steps an expert does."""
         return self.base_steps if name == "base" else self.steps - self.base_steps
@@ -99,6 +106,7 @@ def plan_generation(
     refiner: ModelConfig | None = None,
     *,
     buckets: Sequence[Size] = (),
+    formulation: Formulation | None = None,
 ) -> Plan:
     """Settle a request for a model, and read the picture it starts from.
 
@@ -107,6 +115,7 @@ def plan_generation(
         config: the base model's sizes.
         refiner: the refiner's sizes, when there is one.
         buckets: (height, width) the model was trained on, for ratios; its square is always among them.
+        formulation: how the base was trained; default: to predict the noise at the released levels.
 
     Raises:
         FileError: a picture is missing or none.
@@ -121,7 +130,7 @@ def plan_generation(
     canvas = open_canvas(request, multiple=multiple, native=native, size=asked)
     if canvas is not None:
         framing = request.frame(canvas.size)
-    schedule = NoiseSchedule()
+    schedule = (formulation or Formulation()).schedule()
     sigmas = lowest(partial(grid, schedule), request.steps, request.share_of_noise, exact=request.exact_steps)
     named = replace(request, sampler=sampler.name, scheduler=grid.__name__)
     first = Plan(
@@ -165,7 +174,7 @@ def with_passes(
         passes.append(replace(larger, base_steps=larger.steps))
     last = passes[-1]
     if has_refiner and request.refiner_mode == "ensemble":
-        cut = steps_above(last.schedule, last.sigmas, request.refiner_switch_at)
+        cut = steps_above(NoiseSchedule(), last.sigmas, request.refiner_switch_at)  # the refiner's own levels
         passes[-1] = replace(last, base_steps=cut)
     elif has_refiner:
         sigmas = lowest(grid, request.steps, request.refiner_strength or 0.3)
@@ -173,14 +182,16 @@ def with_passes(
     return replace(passes[0], after=tuple(passes[1:]))
 
 
-def plan_refinement(request: RefineRequest, size: Size) -> Plan:
+def plan_refinement(request: RefineRequest, size: Size, formulation: Formulation | None = None) -> Plan:
     """Settle the refinement of a picture of ``size`` (height, width): only the last steps are run.
+
+    ``formulation`` is how the model was trained; default: to predict the noise at the released levels.
 
     Raises:
         UsageError: a sampler or scheduler that does not exist, or a strength that leaves no step.
     """
     sampler, grid = resolve_sampler(request.sampler), schedules.resolve(request.scheduler)
-    schedule = NoiseSchedule()
+    schedule = (formulation or Formulation()).schedule()
     sigmas = lowest(partial(grid, schedule), request.steps, request.strength)
     return Plan(
         request=with_seed(replace(request, sampler=sampler.name, scheduler=grid.__name__)),

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, TypeVar
 
 from sdxl_cli.errors import UsageError
+from sdxl_cli.generation import guidance_texts
 from sdxl_cli.generation.chunks import Chunk
 from sdxl_cli.generation.embeddings import open_book, split_spec
 from sdxl_cli.generation.prompt import MAX_TOKENS, Tokenizer
@@ -77,7 +78,12 @@ class SamplingRequest:
 
     prompt: str
     negative_prompt: str | None = None
-    """What the picture should not be. None: the base gets zeros in its place, as the original does."""
+    """What the picture should not be. Without one, ``empty_negative`` decides."""
+    negative_prompt_2: str | None = None
+    """The negative prompt that bigG reads. None: the same as CLIP-L's."""
+    empty_negative: Literal["zeros", "encode"] = "zeros"
+    """What a base gets without a negative prompt: zeros, as in the original, or the empty text, encoded, as in
+    ComfyUI. A refiner always gets the empty text."""
     prompt_2: str | None = None
     """The prompt that the bigG text encoder reads. None: the same as CLIP-L's."""
     prompt_syntax: Syntax = "a1111"
@@ -98,7 +104,22 @@ class SamplingRequest:
     """File or folder of another autoencoder. None: the model's own."""
     steps: int = 30
     cfg_scale: float = 5.0
-    """Strength of classifier-free guidance; 1 turns it off."""
+    """Strength of classifier-free guidance; 1 turns it off, and so does 0, as in diffusers."""
+    cfg_rescale: float = 0.0
+    """How far guidance's gain in contrast is taken back, 0 … 1 (arXiv 2305.08891, section 3.4)."""
+    cfg_interval: str | None = None
+    """``LO:HI``, shares of the noise levels (0 is no noise), or ``sigma=LO:HI``: guidance only there. None:
+    everywhere."""
+    cfg_schedule: str = guidance_texts.CONSTANT
+    """How the strength goes along the run: constant; linear or cosine, from cfg_scale to 1; linear-up or cosine-up,
+    from 1 to cfg_scale; or a list of strengths, ``7,5,3``, spread over the steps."""
+    adm_scale: str | None = None
+    """``POSITIVE:NEGATIVE:SHARE``: the original sizes told to both sides times these, for the first share of the
+    noise levels (Fooocus: 1.5:0.8:0.3)."""
+    prediction: Literal["auto", "eps", "v", "x0"] = "auto"
+    """What the U-Net predicts. auto: what its file says."""
+    zero_terminal_snr: bool | None = None
+    """Whether it was trained down to pure noise. None: what its file says."""
     sampler: str = "dpmpp_2m"
     scheduler: str = "karras"
     seed: int = RANDOM_SEED
@@ -120,8 +141,7 @@ class SamplingRequest:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps {self.steps}: at least 1 is needed")
-        if not self.cfg_scale >= 0:
-            raise ValueError(f"cfg_scale {self.cfg_scale}: must be 0 or more (1 is no guidance)")
+        guidance_texts.check(self)
         if self.clip_skip < 1:
             raise ValueError(f"clip_skip {self.clip_skip}: 1 is the last layer, 2 SDXL's own")
         if self.emphasis != "original" and self.prompt_syntax != "a1111":
@@ -137,6 +157,7 @@ class SamplingRequest:
             "prompt": self.prompt,
             "prompt 2": self.prompt_2,
             "negative prompt": self.negative_prompt,
+            "negative prompt 2": self.negative_prompt_2,
         }
         return {name: text for name, text in named.items() if text is not None}
 

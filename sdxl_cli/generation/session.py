@@ -32,12 +32,6 @@ def open_weights(
     device = pick_device(request.device)
     dtype, vae_dtype = pick_dtype(request.dtype, device), pick_vae_dtype(request.vae_dtype, device)
     stays = can_stay(models, device, dtype)
-    for files in models:
-        if files.identity.zero_terminal_snr:
-            report.warn(
-                f"{files.name} was trained down to zero signal, which this version does not sample: "
-                "expect washed-out contrast"
-            )
     report.note(f"runs on {describe(device)} in {str(dtype).removeprefix('torch.')}")
     return [
         FileWeights(files, device=device, dtype=dtype, vae_dtype=vae_dtype, stays=stays, report=report)

@@ -10,7 +10,7 @@ import torch
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.read import load_model
-from sdxl_cli.diffusion.denoiser import Prediction
+from sdxl_cli.diffusion.formulation import Formulation
 from sdxl_cli.generation.metadata import ModelRecord
 from sdxl_cli.generation.observe import stage
 from sdxl_cli.model.conditioning import Conditioner
@@ -27,7 +27,7 @@ class Weights(Protocol):
     """A model whose parts can be asked for; asking for one may let go of the others."""
 
     config: ModelConfig
-    prediction: Prediction
+    formulation: Formulation
     device: torch.device
     dtype: torch.dtype
     """Of the U-Net and the text encoders."""
@@ -77,7 +77,8 @@ class FileWeights:
     ) -> None:
         """``report``, when it is an observer, sees how long reading takes."""
         self._report = report
-        self.files, self.config, self.prediction = files, files.config, files.prediction
+        self.files, self.config = files, files.config
+        self.formulation = Formulation(files.prediction, files.identity.zero_terminal_snr)
         self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
         self.stays = stays
         self.known_token_ids: frozenset[int] | None = None
@@ -133,8 +134,9 @@ class LoadedWeights:
 
     stays = True
 
-    def __init__(self, model: SDXL, name: str, *, prediction: Prediction = "eps") -> None:
-        self.model, self.name, self.config, self.prediction = model, name, model.config, prediction
+    def __init__(self, model: SDXL, name: str, *, formulation: Formulation | None = None) -> None:
+        self.model, self.name, self.config = model, name, model.config
+        self.formulation = formulation or Formulation()
         unet, vae = next(model.unet.parameters()), next(model.vae.parameters())
         self.device, self.dtype, self.vae_dtype = unet.device, unet.dtype, vae.dtype
         self.known_token_ids = model.known_token_ids

@@ -100,7 +100,10 @@ class UNetTrainConfig:
 
     model: str = "tiny"
     """Which configuration is built when training starts from nothing."""
-    prediction: Literal["eps", "v"] = "eps"
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    """What the U-Net is to say: the noise, the velocity (arXiv 2202.00512), or the clean latent."""
+    zero_terminal_snr: bool = False
+    """Move the noise levels so that the last is pure noise (arXiv 2305.08891, Algorithm 1); for v and x0."""
     noise_offset: float = 0.0
     """Offset noise: this times one normal number per sample, added to the noise of every pixel."""
     min_snr_gamma: float = 0.0
@@ -125,6 +128,10 @@ class UNetTrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.timestep_min <= self.timestep_max <= 999:
             raise UsageError(f"timesteps {self.timestep_min} … {self.timestep_max} are not within 0 … 999")
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise UsageError(
+                'zero_terminal_snr needs prediction = "v" or "x0": the noise of pure noise teaches nothing'
+            )
         if not 0 <= self.text_dropout <= 1:
             raise UsageError(f"text_dropout is {self.text_dropout}; it is a chance, 0 … 1")
         if self.min_snr_gamma < 0:

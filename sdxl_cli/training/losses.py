@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdxl_cli.diffusion.denoiser import Prediction, input_scale
+from sdxl_cli.diffusion.denoiser import input_scale
+from sdxl_cli.diffusion.formulation import Prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,9 @@ def training_noise(shape: tuple[int, ...], offset: float, generator: torch.Gener
 
 
 def min_snr_weight(prediction: Prediction, sigma: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma) / SNR for eps, / (SNR + 1) for v, SNR = 1 / sigma² (arXiv 2303.09556, section 3.4).
+    """min(SNR, gamma), / SNR for eps, / (SNR + 1) for v, SNR = 1 / sigma² (arXiv 2303.09556, section 3.4).
+
+    At pure noise (zero terminal SNR) it is 0 for v and x0: that level then teaches nothing.
 
     Args:
         prediction: what the network predicts.
@@ -41,7 +44,8 @@ def min_snr_weight(prediction: Prediction, sigma: Tensor, gamma: float) -> Tenso
     if not gamma:
         return torch.ones_like(sigma)
     snr = sigma.square().reciprocal()
-    return snr.clamp(max=gamma) / (snr if prediction == "eps" else snr + 1.0)
+    units = {"eps": snr, "v": snr + 1.0, "x0": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / units[prediction]
 
 
 def add_noise(latent: Tensor, noise: Tensor, sigma: Tensor, prediction: Prediction, gamma: float) -> Noised:
@@ -52,13 +56,17 @@ def add_noise(latent: Tensor, noise: Tensor, sigma: Tensor, prediction: Predicti
         noise: [B, C, h, w].
         sigma: noise levels [B].
         prediction: eps: the target is the noise; v: (noise - sigma · x0) / sqrt(sigma² + 1)
-            (arXiv 2202.00512, appendix D).
+            (arXiv 2202.00512, appendix D); x0: the clean latent.
         gamma: see :func:`min_snr_weight`.
     """
     level = sigma.view(-1, 1, 1, 1)
     scale = input_scale(level)
-    target = noise if prediction == "eps" else scale * (noise - level * latent)
-    return Noised(scale * (latent + level * noise), target, min_snr_weight(prediction, sigma, gamma))
+    targets = {"eps": noise, "v": scale * (noise - level * latent), "x0": latent}
+    return Noised(
+        scale * (latent + level * noise),
+        targets[prediction],
+        min_snr_weight(prediction, sigma, gamma),
+    )
 
 
 def weighted_mse(output: Tensor, noised: Noised) -> tuple[Tensor, Tensor]:

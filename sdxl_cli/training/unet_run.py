@@ -97,6 +97,7 @@ def _record(model: SDXL, vae: Autoencoder, config: UNetTrainConfig, ids: Tensor 
         **asdict(model.config),
         "vae_weights": weights_hash(vae.state_dict()),
         "prediction": config.prediction,
+        "zero_terminal_snr": config.zero_terminal_snr,
         "token_ids": None if ids is None else ids.tolist(),
     }
 
@@ -249,4 +250,12 @@ def _export(
     known = None if model.known_token_ids is None else sorted(model.known_token_ids)
     dtype = SAVE_DTYPES[config.save_dtype]
     made = replace(model.config, native_size=config.native_size or model.config.native_size)
-    save_model(path, state, made, dtype=dtype, prediction=config.prediction, keep_token_ids=known)
+    save_model(
+        path,
+        state,
+        made,
+        dtype=dtype,
+        prediction=config.prediction,
+        zero_terminal_snr=config.zero_terminal_snr,
+        keep_token_ids=known,
+    )

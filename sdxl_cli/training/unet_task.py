@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdxl_cli.data.loader import Batch
-from sdxl_cli.diffusion.schedule import NoiseSchedule
+from sdxl_cli.diffusion.formulation import Formulation
 from sdxl_cli.model.conditioning import MicroConditioning, TextFeatures, condition
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Moments
@@ -40,7 +40,7 @@ class UNetTask:
     config: UNetTrainConfig
 
     def __post_init__(self) -> None:
-        self.schedule = NoiseSchedule()
+        self.schedule = Formulation(self.config.prediction, self.config.zero_terminal_snr).schedule()
 
     def step(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """See :class:`~sdxl_cli.training.loop.Task`."""

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxl_cli.diffusion.denoiser import Denoiser, Prediction
-from sdxl_cli.diffusion.guidance import Guided
+from sdxl_cli.diffusion.denoiser import Denoiser
+from sdxl_cli.diffusion.formulation import Prediction
+from sdxl_cli.diffusion.guidance import Guidance, Guided
 from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.diffusion.samplers import SAMPLERS
 from sdxl_cli.diffusion.schedule import GRIDS, NoiseSchedule
@@ -45,7 +46,10 @@ class World:
         micro = [MICRO] * len(self.noise)
         vectors = tuple(conditioning_vector(SMALL, pooled, micro) for pooled in self.pooled)
         return Guided(
-            Denoiser(self.ours, SCHEDULE, prediction), self.crossattn, (vectors[0], vectors[1]), SCALE
+            Denoiser(self.ours, SCHEDULE, prediction),
+            self.crossattn,
+            (vectors[0], vectors[1]),
+            Guidance(SCALE),
         )
 
     def their_prediction(self, scaled: Tensor, timestep: Tensor) -> Tensor:

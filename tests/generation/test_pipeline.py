@@ -155,7 +155,7 @@ def test_the_second_prompt_is_what_big_g_reads(models: dict[str, Path]) -> None:
 def test_sizes_are_kept_on_the_negative_side(models: dict[str, Path]) -> None:
     base, request = weights(models["base"]), replace(REQUEST, negative_original_size="16x8")
     plan = plan_generation(request, base.config)
-    sides = guided(base, encode_prompts(request, base), plan.framing, request, plan.schedule, batch=3)
+    sides = guided(base, encode_prompts(request, base), plan.framing, request, plan.sigmas, batch=3)
     embed = base.config.big_g.embed_dim
     negative, positive = sides.vector
     assert negative.shape == (3, base.config.unet.adm_in_channels)
@@ -177,7 +177,7 @@ def test_the_refiner_continues_from_the_bases_latents_without_noise(models: dict
             run.advance(model, encode_prompts(plan.request, model), steps, report)
         for model, sigmas in ((base, plan.sigmas[:9]), (refiner, plan.sigmas[8:])):
             prompts = encode_prompts(plan.request, model)
-            denoise = guided(model, prompts, plan.framing, plan.request, plan.schedule, batch=1)
+            denoise = guided(model, prompts, plan.framing, plan.request, plan.sigmas, batch=1)
             *_, x = plan.sampler.steps(denoise, x, sigmas, NoiseStreams([5]))
     assert torch.equal(run.latents, x)
     assert report.said == ["base, seed 5: 8", "refiner, seed 5: 2"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdxl_cli.diffusion.denoiser import Denoiser
-from sdxl_cli.diffusion.guidance import Guided
+from sdxl_cli.diffusion.guidance import Guidance, Guided
 from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.diffusion.samplers import SAMPLERS
 from sdxl_cli.diffusion.schedule import GRIDS, NoiseSchedule
@@ -158,7 +158,7 @@ def guided(unet: UNet, dtype: torch.dtype, device: torch.device, batch: int = 2)
     text = [torch.randn(batch, 77, BASE.unet.context_dim).to(device, dtype) for _ in range(2)]
     vectors = [torch.randn(batch, BASE.unet.adm_in_channels).to(device, dtype) for _ in range(2)]
     denoiser = Denoiser(unet.to(device, dtype), NoiseSchedule())
-    return Guided(denoiser, (text[0], text[1]), (vectors[0], vectors[1]), 5.0)
+    return Guided(denoiser, (text[0], text[1]), (vectors[0], vectors[1]), Guidance(5.0))
 
 
 def run(sampler: str, guide: Guided, steps: int, device: torch.device) -> Tensor:
