@@ -59,7 +59,7 @@ class ModelFiles:
         cache folder by path, size and time of change. Takes a few seconds for 7 GB.
         """
         path = self.paths[0]
-        return blob_sha256(path) or _remembered_sha256(path)
+        return blob_sha256(path) or remembered_sha256(path)
 
     @property
     def short_hash(self) -> str:
@@ -92,13 +92,21 @@ class ModelFiles:
         return f"{self.name}, {self.identity.label}, {format_bytes(self.size)}{where}"
 
 
-def _remembered_sha256(path: Path) -> str:
+def remembered_sha256(path: Path, *, body: bool = False) -> str:
+    """Hash of a file, computed once and remembered in the user's cache folder.
+
+    Args:
+        path: the file.
+        body: of a safetensors file, hash the tensors alone, without the table of contents.
+    """
     status = path.stat()
-    key = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    key = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}" + (":body" if body else "")
     store = user_cache() / "sdxl" / "sha256.json"
     known = _read_store(store)
     if key not in known:
         with path.open("rb") as file:
+            if body:
+                file.seek(int.from_bytes(file.read(8), "little") + 8)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         known = {**known, key: digest}
         try:

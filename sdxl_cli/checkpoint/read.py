@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from sdxl_cli.checkpoint.diffusers_folder import Component
 from sdxl_cli.checkpoint.files import ModelFiles
@@ -28,6 +30,18 @@ from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 
 
+class Merge(Protocol):
+    """Changes parameters while they are loaded."""
+
+    def changes(self, name: str) -> bool:
+        """Whether it changes the parameter of this name."""
+        ...
+
+    def __call__(self, name: str, parameter: Tensor) -> Tensor:
+        """The changed parameter, in fp32; ``parameter`` is left alone."""
+        ...
+
+
 def load_model(
     files: ModelFiles,
     parts: Collection[Part] = ALL_PARTS,
@@ -35,6 +49,7 @@ def load_model(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    merge: Merge | None = None,
 ) -> SDXL:
     """Load a model, or parts of it, ready to run: eval mode, no gradients.
 
@@ -47,6 +62,7 @@ def load_model(
         dtype: of the U-Net and the text encoders.
         vae_dtype: of the autoencoder.
         device: where the model is to be.
+        merge: changes some of the parameters on their way, in fp32; the others stay the file's own.
 
     Raises:
         FileError: tensors are missing, unexpected or of another shape; the text names the first of them.
@@ -61,6 +77,10 @@ def load_model(
     for name in tensors.shapes:
         if name in wanted:
             cast = vae_dtype if name.startswith(PREFIXES["vae"]) else dtype
+            if merge is not None and merge.changes(name):
+                whole = tensors.read(name, torch.float32).reshape(wanted[name]).to(device)
+                state[name] = merge(name, whole).to(cast)
+                continue
             state[name] = tensors.read(name, cast).reshape(wanted[name]).to(device)
     # what a file may lack is used by nothing
     state |= {

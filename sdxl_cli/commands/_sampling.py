@@ -139,6 +139,27 @@ Vae = Annotated[
     str | None,
     typer.Option(help="Another autoencoder: file or folder.", metavar="FILE", rich_help_panel=MODEL),
 ]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        "--network-weights",
+        help="A LoRA: file or name, its scale, its scale in the text encoders; may be repeated.",
+        metavar="FILE[:X[:X]]",
+        rich_help_panel=MODEL,
+    ),
+]
+LoraDir = Annotated[
+    str | None,
+    typer.Option(
+        "--lora-dir",
+        help="Where LoRAs are looked for by name, as in <lora:name:0.8>; default: loras/.",
+        metavar="FOLDER",
+        envvar="SDXL_LORA_DIR",
+        show_envvar=False,
+        rich_help_panel=MODEL,
+    ),
+]
 Steps = Annotated[
     int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.", metavar="N")
 ]

@@ -107,6 +107,8 @@ def command(
     refiner_mode: canvas.RefinerMode = None,
     refiner_strength: canvas.RefinerStrength = None,
     vae: flags.Vae = None,
+    lora: flags.Lora = None,
+    lora_dir: flags.LoraDir = None,
     negative_prompt_2: flags.NegativePromptTwo = None,
     empty_negative: flags.EmptyNegative = None,
     cfg_rescale: flags.CfgRescale = None,
@@ -149,7 +151,7 @@ def command(
 
     from sdxl_cli.generation.jobs import Workshop, expand
     from sdxl_cli.generation.request import GenerateRequest
-    from sdxl_cli.generation.session import warn_of_another_model
+    from sdxl_cli.generation.session import warn_of_another_model, warn_of_other_loras
     from sdxl_cli.generation.sweep import parse_sweeps
 
     working.check(given)
@@ -164,6 +166,7 @@ def command(
     settled = shop.settle_all(expand(request, lines, axes))
     if stored is not None:
         warn_of_another_model(stored, settled[0].files[0], console)
+        warn_of_other_loras(stored, settled[0].models, console)
     working.work_all(worker, settled, axes)
     return 0
 

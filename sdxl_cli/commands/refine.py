@@ -65,6 +65,8 @@ def command(
         ),
     ] = None,
     vae: flags.Vae = None,
+    lora: flags.Lora = None,
+    lora_dir: flags.LoraDir = None,
     negative_prompt_2: flags.NegativePromptTwo = None,
     empty_negative: flags.EmptyNegative = None,
     cfg_rescale: flags.CfgRescale = None,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sdxl_cli import __version__, presets
 from sdxl_cli.errors import FileError, UsageError
+from sdxl_cli.generation.lora import LoraUse
 from sdxl_cli.generation.picture import Texts, read_texts
 from sdxl_cli.generation.request import Framing, GenerateRequest, RefineRequest, SamplingRequest
 from sdxl_cli.generation.sizes import format_size
@@ -53,6 +54,26 @@ class ModelRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraRecord:
+    """A LoRA, as a picture remembers it."""
+
+    name: str
+    sha256: str
+    """Of the whole file."""
+    short_hash: str
+    """A1111's, 12 digits: of the tensors without the file's metadata."""
+    scale: float
+    text_scale: float
+    model: str
+    """Role of the model it changed: ``base`` or ``refiner``."""
+
+    @property
+    def tag(self) -> str:
+        """As A1111 has it in a prompt."""
+        return LoraUse(self.name, self.scale, self.text_scale).tag(self.name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """How one picture was made."""
 
@@ -66,6 +87,8 @@ class Record:
     """What else decides the bits: device, dtypes, version of torch, timesteps walked through."""
     sampler_label: str
     """A1111's name of the sampler."""
+    loras: Sequence[LoraRecord] = ()
+    """In the order in which they changed the weights."""
     source: Mapping[str, Any] | None = None
     """The picture this one was made from: its file name, hash and own record."""
 
@@ -75,7 +98,7 @@ class Record:
 
     def to_json(self) -> str:
         """One line of JSON."""
-        values = {
+        values: dict[str, Any] = {
             "format": FORMAT,
             "kind": self.kind,
             "sdxl": __version__,
@@ -84,6 +107,8 @@ class Record:
             "models": {role: asdict(model) for role, model in self.models.items()},
             "run": dict(self.run),
         }
+        if self.loras:
+            values["loras"] = [asdict(lora) for lora in self.loras]
         if self.source is not None:
             values["source"] = dict(self.source)
         return json.dumps(values, ensure_ascii=False)
@@ -91,7 +116,8 @@ class Record:
     def parameters(self) -> str:
         """A1111's ``parameters`` text: prompt, negative prompt, and a line of ``key: value`` pairs."""
         request = self.request
-        lines = [request.prompt]
+        # A1111 has no other place for LoRAs than the prompt
+        lines = [" ".join([request.prompt, *(lora.tag for lora in self.loras)])]
         if request.negative_prompt:
             lines.append(f"Negative prompt: {request.negative_prompt}")
         pairs = {key: value for key, value in self._fields().items() if value is not None}
@@ -131,6 +157,8 @@ class Record:
             fields["Refiner"] = refiner.name + short
             if request.refiner_mode == "ensemble":
                 fields["Refiner switch at"] = f"{request.refiner_switch_at:g}"
+        if self.loras:
+            fields["Lora hashes"] = ", ".join(f"{lora.name}: {lora.short_hash}" for lora in self.loras)
         return {**fields, "Version": f"sdxl {__version__}"}
 
 

@@ -25,7 +25,7 @@ from sdxl_cli.generation.plan import Expert, Plan
 from sdxl_cli.generation.prompt import Tokenizer
 from sdxl_cli.generation.request import GenerateRequest, SamplingRequest, token_counts, unmentioned
 from sdxl_cli.generation.start import PLAIN, Held, Source, Start, encode_source
-from sdxl_cli.generation.weights import Weights
+from sdxl_cli.generation.weights import Weights, lora_records
 
 T = TypeVar("T")
 
@@ -265,9 +265,10 @@ def record(
     if isinstance(request, GenerateRequest):
         request = replace(request, num_images=1, batch_size=_batch(request, models.base))
     main, role = models.base, "refiner" if kind == "refine" else "base"
-    records = main.records(role)
+    records, loras = main.records(role), lora_records(main.loras, role)
     if kind == "generate" and models.refiner is not None and any(p.steps_of("refiner") for p in plan.passes):
         records |= models.refiner.records("refiner")
+        loras += lora_records(models.refiner.loras, "refiner")
     for name, path in request.reader().embeddings(request.texts()).items():
         records |= {f"embedding {name}": ModelRecord(name, sha256(path))}
     run = {
@@ -285,6 +286,7 @@ def record(
         models=records,
         run=run,
         sampler_label=plan.sampler.label,
+        loras=loras,
         source=source,
     )
 

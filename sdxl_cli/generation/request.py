@@ -15,6 +15,7 @@ from sdxl_cli.errors import UsageError
 from sdxl_cli.generation import guidance_texts
 from sdxl_cli.generation.chunks import Chunk
 from sdxl_cli.generation.embeddings import open_book, split_spec
+from sdxl_cli.generation.lora import has_tags, take_tags
 from sdxl_cli.generation.prompt import MAX_TOKENS, Tokenizer
 from sdxl_cli.generation.prompt_syntax import Emphasis, Syntax
 from sdxl_cli.generation.reading import Reader
@@ -102,6 +103,10 @@ class SamplingRequest:
     """File, diffusers folder or name of the model. None: the released one, else the bundled one."""
     vae: str | None = None
     """File or folder of another autoencoder. None: the model's own."""
+    lora: tuple[str, ...] = ()
+    """LoRAs in order, each ``FILE[:SCALE[:TEXT_SCALE]]``. Tags in the prompts, ``<lora:name:0.8>``, end up here."""
+    lora_dir: str = "loras"
+    """Folder in which LoRAs are looked for by name."""
     steps: int = 30
     cfg_scale: float = 5.0
     """Strength of classifier-free guidance; 1 turns it off, and so does 0, as in diffusers."""
@@ -139,6 +144,7 @@ class SamplingRequest:
     vae_dtype: Precision = "auto"
 
     def __post_init__(self) -> None:
+        self._take_lora_tags()
         if self.steps < 1:
             raise ValueError(f"steps {self.steps}: at least 1 is needed")
         guidance_texts.check(self)
@@ -170,6 +176,18 @@ class SamplingRequest:
         """
         book = open_book(self.embedding, self.embeddings_dir)
         return Reader(self.prompt_syntax, self.emphasis, self.clip_skip, book)
+
+    def _take_lora_tags(self) -> None:
+        """A request has its LoRAs in one place, and a prompt is what the text encoders read."""
+        for name in ("prompt", "prompt_2"):
+            text, uses = take_tags(getattr(self, name) or "")
+            if uses:
+                object.__setattr__(self, name, text)
+                object.__setattr__(self, "lora", (*self.lora, *uses))
+        if has_tags(f"{self.negative_prompt} {self.negative_prompt_2}"):
+            raise UsageError(
+                "negative prompt: a LoRA changes the model, for both prompts; name it in the prompt or with --lora"
+            )
 
     def frame(self, size: Size) -> Framing:
         """The sizes the model is told, for a picture of ``size``.

@@ -13,9 +13,10 @@ import numpy as np
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.errors import UsageError
 from sdxl_cli.generation.device import describe, pick_device, pick_dtype, pick_vae_dtype
+from sdxl_cli.generation.lora import wear_loras
 from sdxl_cli.generation.metadata import Stored
 from sdxl_cli.generation.picture import Pixels, read_texts
-from sdxl_cli.generation.pipeline import Reporter
+from sdxl_cli.generation.pipeline import Models, Reporter
 from sdxl_cli.generation.request import GenerateRequest, SamplingRequest
 from sdxl_cli.generation.sizes import format_size
 from sdxl_cli.generation.weights import FileWeights, can_stay
@@ -24,19 +25,22 @@ from sdxl_cli.generation.weights import FileWeights, can_stay
 def open_weights(
     models: Sequence[ModelFiles], request: SamplingRequest, report: Reporter
 ) -> list[FileWeights]:
-    """Decide where and how the models run. Nothing is loaded yet.
+    """Decide where and how the models run, and put the LoRAs on them. Nothing is loaded yet.
 
     Raises:
+        FileError: a LoRA that is missing, damaged or for another architecture.
         UsageError: a device this machine does not have, or a precision it does not compute in.
     """
     device = pick_device(request.device)
     dtype, vae_dtype = pick_dtype(request.dtype, device), pick_vae_dtype(request.vae_dtype, device)
     stays = can_stay(models, device, dtype)
     report.note(f"runs on {describe(device)} in {str(dtype).removeprefix('torch.')}")
-    return [
+    weights = [
         FileWeights(files, device=device, dtype=dtype, vae_dtype=vae_dtype, stays=stays, report=report)
         for files in models
     ]
+    wear_loras(weights, request, report)
+    return weights
 
 
 def warn_of_another_model(stored: Stored, files: ModelFiles, report: Reporter) -> None:
@@ -48,6 +52,19 @@ def warn_of_another_model(stored: Stored, files: ModelFiles, report: Reporter) -
             f"the picture was made with {before.name} [{before.short_hash}], this is {files.name} "
             f"[{files.short_hash}]; it will look different"
         )
+
+
+def warn_of_other_loras(stored: Stored, models: Models, report: Reporter) -> None:
+    """Say when a LoRA of that name was another file when the picture was made."""
+    before = {lora["name"]: lora["sha256"] for lora in stored.raw.get("loras", ())}
+    refined = models.refiner.loras if models.refiner else ()
+    for worn in (*models.base.loras, *refined):
+        lora = worn.fitted.lora
+        if before.get(lora.name, lora.sha256) != lora.sha256:
+            report.warn(
+                f"the picture was made with another file named {lora.name} [{before[lora.name][:10]}]; this one, "
+                f"{lora.path}, is [{lora.sha256[:10]}]: it will look different"
+            )
 
 
 def fit_to_model(pixels: Pixels, multiple: int, name: str, report: Reporter) -> Pixels:

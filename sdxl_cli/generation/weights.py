@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 
 from sdxl_cli.checkpoint.files import ModelFiles
+from sdxl_cli.checkpoint.lora import LoraMerge, WornLora
 from sdxl_cli.checkpoint.read import load_model
 from sdxl_cli.diffusion.formulation import Formulation
-from sdxl_cli.generation.metadata import ModelRecord
+from sdxl_cli.generation.metadata import LoraRecord, ModelRecord
 from sdxl_cli.generation.observe import stage
 from sdxl_cli.model.conditioning import Conditioner
 from sdxl_cli.model.config import ModelConfig, Part
@@ -36,6 +37,8 @@ class Weights(Protocol):
     """What the text encoders know, once they were asked for; None: every token."""
     stays: bool
     """Whether parts remain loaded, so that going back to one costs nothing."""
+    loras: Sequence[WornLora]
+    """What changes the weights, in order."""
 
     def text(self) -> Conditioner:
         """The text encoders."""
@@ -82,7 +85,13 @@ class FileWeights:
         self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
         self.stays = stays
         self.known_token_ids: frozenset[int] | None = None
+        self.loras: Sequence[WornLora] = ()
         self._loaded: dict[Part, SDXL] = {}
+
+    def wear(self, loras: Sequence[WornLora]) -> None:
+        """Change the weights by these LoRAs, and by no others, from the next time a part is asked for."""
+        self._loaded = {part: model for part, model in self._loaded.items() if part == "vae"}
+        self.loras = tuple(loras)
 
     def text(self) -> Conditioner:
         """The text encoders; sets ``known_token_ids``."""
@@ -124,7 +133,12 @@ class FileWeights:
             self.release()
             with stage(self._report, "load"):
                 self._loaded[part] = load_model(
-                    self.files, (part,), dtype=self.dtype, vae_dtype=self.vae_dtype, device=self.device
+                    self.files,
+                    (part,),
+                    dtype=self.dtype,
+                    vae_dtype=self.vae_dtype,
+                    device=self.device,
+                    merge=LoraMerge(self.loras) if self.loras else None,
                 )
         return self._loaded[part]
 
@@ -133,6 +147,7 @@ class LoadedWeights:
     """A model in memory, such as one in training."""
 
     stays = True
+    loras: Sequence[WornLora] = ()
 
     def __init__(self, model: SDXL, name: str, *, formulation: Formulation | None = None) -> None:
         self.model, self.name, self.config = model, name, model.config
@@ -162,6 +177,21 @@ class LoadedWeights:
     def records(self, role: str) -> dict[str, ModelRecord]:
         """See :class:`Weights`; a model that is not a file has no hash."""
         return {role: ModelRecord(self.name, None)}
+
+
+def lora_records(loras: Sequence[WornLora], role: str) -> list[LoraRecord]:
+    """What a picture remembers of the LoRAs on the model of this role."""
+    return [
+        LoraRecord(
+            name=worn.fitted.lora.name,
+            sha256=worn.fitted.lora.sha256,
+            short_hash=worn.fitted.lora.short_hash,
+            scale=worn.scale,
+            text_scale=worn.text_scale,
+            model=role,
+        )
+        for worn in loras
+    ]
 
 
 def can_stay(models: Sequence[ModelFiles], device: torch.device, dtype: torch.dtype) -> bool:
