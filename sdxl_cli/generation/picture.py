@@ -157,6 +157,30 @@ def _comment(comment: bytes) -> str:
     return body.decode(order, "replace")
 
 
+def file_texts(path: Path) -> dict[str, str]:
+    """Every text in a picture file by its key, also those of programs nobody here knows.
+
+    Raises:
+        FileError: the file is missing or is no picture.
+    """
+    with _open(path) as image:
+        if isinstance(image, PngImagePlugin.PngImageFile):
+            return {str(key): str(text) for key, text in image.text.items()}
+    ours = read_texts(path)
+    named = {_PARAMETERS: ours.parameters, _RECORD: ours.record, _GRAPH: ours.graph}
+    return {key: text for key, text in named.items() if text}
+
+
+def describe(path: Path) -> dict[str, object]:
+    """``format`` (``PNG``), ``width`` and ``height`` in pixels.
+
+    Raises:
+        FileError: the file is missing or is no picture.
+    """
+    with _open(path) as image:
+        return {"format": image.format, "width": image.width, "height": image.height}
+
+
 def read_pixels(path: Path, *, background: tuple[int, int, int] = (255, 255, 255)) -> Pixels:
     """A picture as [H, W, 3] RGB, turned as its EXIF orientation says; ``background`` shows through transparency.
 
