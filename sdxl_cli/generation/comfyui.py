@@ -14,8 +14,6 @@ from typing import Any
 
 from sdxl_cli.generation.foreign import Foreign, base_name
 from sdxl_cli.generation.metadata import ModelRecord
-from sdxl_cli.generation.request import GenerateRequest
-from sdxl_cli.generation.values import hints
 
 _SAVES = ("SaveImage", "Image Save", "SaveImageWebsocket", "SaveAnimatedWEBP", "PreviewImage")
 """Nodes that end a graph, the likeliest first."""
@@ -210,17 +208,12 @@ class _Reader:
             self.found.put("zero_terminal_snr", True, f"{node}: zsnr")
 
     def _lora(self, node: Node) -> None:
+        """The loader nearest to the sampler comes first on the way, and changed the weights last."""
         name = base_name(str(node.inputs["lora_name"]))
-        scale = self.graph.value(node, "strength_model")
-        clip = self.graph.value(node, "strength_clip")
-        said = f"{node}: LoRA {name} at {scale}"
-        if "lora" in hints(GenerateRequest):
-            specs = list(self.found.fields.get("lora", ()))
-            self.found.fields["lora"] = [f"{node.inputs['lora_name']}:{scale}", *specs]
-            if clip not in (None, scale):
-                self.found.remarks.append(f"{said}: the text encoders had {clip}, here they have {scale} too")
-        else:
-            self.found.remarks.append(f"{said}: has no counterpart here")
+        scale, clip = (self.graph.value(node, f"strength_{part}") for part in ("model", "clip"))
+        # LoraLoaderModelOnly leaves the text encoders as they are
+        spec = f"{name}:{scale}:{0 if clip is None else clip}"
+        self.found.fields["lora"] = [spec, *self.found.fields.get("lora", ())]
 
     def _prompt(self, node: Node, name: str, field: str) -> None:
         end = self.graph.source(node, name)

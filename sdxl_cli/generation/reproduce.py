@@ -23,9 +23,22 @@ from sdxl_cli.generation.request import GenerateRequest, RefineRequest
 from sdxl_cli.generation.session import fit_to_model, open_weights, source_of, source_record
 from sdxl_cli.generation.values import changed
 
-_ORDER = ("models", "source", "request", "resolved", "run", "sdxl", "format", "kind")
-"""Parts of a record, those first that explain most."""
-_PATHS = ("request.model", "request.refiner", "request.vae", "request.init_img", "request.mask")
+_ORDER = ("models", "loras", "source", "request", "resolved", "run", "sdxl", "format", "kind")
+"""Parts of a record, those first that explain most; others follow."""
+_PATHS = tuple(
+    f"request.{name}"
+    for name in (
+        "model",
+        "refiner",
+        "vae",
+        "init_img",
+        "mask",
+        "lora",
+        "lora_dir",
+        "embedding",
+        "embeddings_dir",
+    )
+)
 """Where files lie; what is in them is compared by hash."""
 Difference = tuple[str, Any, Any]
 """(what, in the picture, now)."""
@@ -135,7 +148,7 @@ def differences(stored: Stored, now: Record) -> list[Difference]:
     # the request as it is read now: fields that came later have the values they had before they were there
     before = _flat({**stored.raw, "request": json.loads(json.dumps(asdict(stored.request)))})
     after = _flat(json.loads(now.to_json()))
-    keys = sorted({*before, *after}, key=lambda key: (_ORDER.index(key.split(".")[0]), key))
+    keys = sorted({*before, *after}, key=lambda key: (_rank(key), key))
     return [
         (key, before.get(key), after.get(key))
         for key in keys
@@ -143,16 +156,22 @@ def differences(stored: Stored, now: Record) -> list[Difference]:
     ]
 
 
-def _flat(table: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested tables as ``a.b.c`` -> value; parts that a later version added come along."""
+def _rank(key: str) -> int:
+    part = key.split(".")[0]
+    return _ORDER.index(part) if part in _ORDER else len(_ORDER)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested tables as ``a.b.c`` -> value, lists of tables as ``a.0.b``. What a source says of itself is its own."""
+    if name == "source.sdxl":
+        return {}
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, Mapping):
+        return {name: value}
     flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if not before and key not in _ORDER:
-            continue
-        if isinstance(value, Mapping) and before + key != "source.sdxl":
-            flat |= _flat(value, f"{before}{key}.")
-        elif before + key != "source.sdxl":
-            flat[before + key] = value
+    for key, item in value.items():
+        flat |= _flat(item, f"{name}.{key}" if name else str(key))
     return flat
 
 

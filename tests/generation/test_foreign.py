@@ -236,6 +236,26 @@ def test_base_and_refiner_of_comfyuis_sdxl_example() -> None:
     assert [remark.partition(":")[0] for remark in found.remarks] == ["node 10 (KSamplerAdvanced)"]
 
 
+def test_loras_in_the_order_they_changed_the_weights() -> None:
+    def loader(kind: str, name: str, model: str, **scales: float) -> dict[str, Any]:
+        return {
+            "class_type": kind,
+            "inputs": {"lora_name": name, "model": [model, 0], "clip": [model, 1], **scales},
+        }
+
+    found = comfyui.read(
+        json.dumps(
+            graph(
+                n10=loader("LoraLoader", "xl/first.safetensors", "4", strength_model=0.8, strength_clip=0.5),
+                n11=loader("LoraLoaderModelOnly", "second.safetensors", "10", strength_model=1.0),
+                n3={"class_type": "KSampler", "inputs": {**graph()["3"]["inputs"], "model": ["11", 0]}},
+            )
+        )
+    )
+    assert found.fields["lora"] == ["first:0.8:0.5", "second:1.0:0"]
+    assert found.remarks == []
+
+
 def test_nodes_nobody_knows_are_named() -> None:
     found = comfyui.read(
         json.dumps(
