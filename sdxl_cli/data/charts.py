@@ -198,8 +198,8 @@ def _histogram(
         canvas.rect(x0 + place * each + 1, base - height, each - 2, height, BAR, hint)
     gap = _round_step((last + 1) * step, 6)
     for number in range(math.ceil(low / gap - 1e-9), math.floor((low + (last + 1) * step) / gap + 1e-9) + 1):
-        place = (number * gap - low) / step * each
-        canvas.text(x0 + place, base + 14, label(number * gap), size=11, anchor="middle", colour=FAINT)
+        x = x0 + (number * gap - low) / step * each
+        canvas.text(x, base + 14, label(number * gap), size=11, anchor="middle", colour=FAINT)
     if mark is not None:
         x = x0 + (mark - low) / step * each
         canvas.line(x, base - tall - 8, x, base, MARK, dashed=True)

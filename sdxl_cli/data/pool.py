@@ -38,7 +38,9 @@ def chunks(items: Sequence[T], size: int = CHUNK) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def in_processes(work: Work[T, R], items: Sequence[T], workers: int) -> Iterator[list[R]]:
+def in_processes(
+    work: Work[T, R], items: Sequence[T], workers: int, *, size: int = CHUNK
+) -> Iterator[list[R]]:
     """Results of ``items``, chunk by chunk in their order.
 
     A worker that is killed (a decoder that crashes, the kernel short of memory) loses nothing: its chunk is done
@@ -46,7 +48,7 @@ def in_processes(work: Work[T, R], items: Sequence[T], workers: int) -> Iterator
     """
     pool = _Pool(workers)
     waiting: deque[tuple[Sequence[T], Future[list[R]]]] = deque()
-    coming = chunks(items)
+    coming = chunks(items, size)
     try:
         while True:
             while len(waiting) < _AHEAD * workers and (chunk := next(coming, None)) is not None:

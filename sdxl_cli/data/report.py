@@ -161,11 +161,19 @@ def _repeats(manifest: Manifest) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    def line(cells: Sequence[object], tag: str) -> str:
-        shown = (f"<{tag}{' class=n' if i else ''}>{escape(str(c))}</{tag}>" for i, c in enumerate(cells))
-        return f"<tr>{''.join(shown)}</tr>"
+    """Columns of numbers are aligned to the right."""
+    body = [[str(cell) for cell in row] for row in rows]
+    right = [i > 0 and all(row[i][:1].isdigit() for row in body) for i in range(len(head))]
 
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    def line(cells: Sequence[str], tag: str) -> str:
+        pairs = zip(cells, right, strict=True)
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{' class=n' if r else ''}>{escape(c)}</{tag}>" for c, r in pairs)
+            + "</tr>"
+        )
+
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in body)}</table>"
 
 
 def _kept(manifest: Manifest) -> str:

@@ -39,8 +39,8 @@ class Look:
     def __call__(self, items: Sequence[Item]) -> list[Row]:
         """What the files are, as far as it can be told, in the items' order."""
         with warnings.catch_warnings():
-            # max_pixels decides, and says so
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # what is wrong with a picture is its row's to say; max_pixels decides about bombs
+            warnings.filterwarnings("ignore", module="PIL")
             return [self._look(item) for item in items]
 
     def lost(self, item: Item) -> Row:

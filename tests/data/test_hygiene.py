@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from sdxl_cli.data.hygiene import Hygiene, Opened, Refused, open_picture
+from sdxl_cli.data.hygiene import Hygiene, Opened, Refused, open_picture, read_header
 from sdxl_cli.data.storage import open_storage
 from tests.data.pictures import noise
 
@@ -195,3 +195,65 @@ def test_files_that_are_missing_or_empty(tmp_path: Path) -> None:
         with pytest.raises(Refused) as caught:
             open_storage(tmp_path).read(name)
         assert caught.value.reason == reason
+
+
+def sixteen_bit_png(height: int, width: int, seed: int = 0) -> tuple[bytes, np.ndarray[Any, Any]]:
+    """A colour PNG with 16 bits a channel, which Pillow cannot write: chunks by hand, filter 0."""
+    values = np.random.default_rng(seed).integers(0, 65536, (height, width, 3), np.uint16)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(lines))
+        + chunk(b"IEND", b"")
+    )
+    return data, values
+
+
+def test_sixteen_bit_colour_keeps_the_upper_eight_and_is_noticed() -> None:
+    data, values = sixteen_bit_png(6, 5)
+    picture = opened(data)
+    assert picture.notes == ("sixteen_bit",)
+    assert np.array_equal(pixels(picture), (values >> 8).astype(np.uint8))
+    assert opened(encoded(noise(5, 5))).notes == ()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_the_header_says_what_decoding_finds(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(20, 30), kind, exif=exif)
+    header, picture = read_header(data, Hygiene()), opened(data)
+    assert (header.size, header.orientation, header.notes) == (
+        picture.size,
+        picture.orientation,
+        picture.notes,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_whatever_is_broken_is_refused_or_opened_and_never_raises_anything_else(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encoded(
+        noise(24, 31), kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {})
+    )
+    rng = np.random.default_rng(0)
+    reasons = set()
+    for _ in range(120):
+        data = bytearray(whole)
+        for place in rng.integers(0, min(len(data), 400), rng.integers(1, 6)):
+            data[place] = rng.integers(0, 256)
+        cut = len(data) if rng.random() < 0.5 else int(rng.integers(1, len(data)))
+        try:
+            assert open_picture(bytes(data[:cut]), Hygiene(max_pixels=100_000)).image.mode == "RGB"
+        except Refused as refusal:
+            reasons.add(refusal.reason)
+    assert reasons & {"not_an_image", "truncated", "damaged"}
