@@ -174,11 +174,11 @@ def full_tables(source: Source, config: ModelConfig) -> Source:
     """The same with token tables of the whole vocabulary, which is all that other programs know."""
     if TOKEN_IDS not in source.pending:
         return source
-    tensors = Expanded(source.tensors, config)
+    tensors, ids = Expanded(source.tensors, config), source.tensors.read(TOKEN_IDS)
     pending = dict(source.pending)
     for name in vocabulary.tables(config):
         if name in pending:
-            make = partial(_expanded, pending[name], tensors.ids, tensors.shapes[name][0])
+            make = partial(_expanded, pending[name], ids, tensors.shapes[name][0])
             pending[name] = replace(pending[name], shape=tensors.shapes[name], make=make)
     return replace(source, pending=pending)
 

@@ -110,14 +110,19 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}") from error
     if len(text) < length:
-        here = format_bytes(size)
-        raise FileError(f"{path} ends inside its table of contents ({here} are here); download it again")
+        here, table_size = format_bytes(len(text), length), format_bytes(length)
+        raise FileError(
+            f"{path} ends inside its table of contents ({here} of {table_size} are here); download it again"
+        )
     try:
         table: Mapping[str, Any] = json.loads(text)
         metadata = {str(key): str(value) for key, value in table.get("__metadata__", {}).items()}
-        entries = dict(sorted(_entries(table, _LEAD + length), key=lambda item: item[1].start))
+        entries = dict(sorted(_entries(table, _LEAD + length), key=lambda item: (item[1].start, item[1].end)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{path} has a damaged table of contents; download it again") from error
+        raise FileError(
+            f"{path} ({format_bytes(size)}) has a damaged table of contents of {format_bytes(length)} ({error}); "
+            "download it again"
+        ) from error
     _check_extent(path, entries, size, _LEAD + length)
     return Header(path, entries, metadata, size)
 
@@ -165,7 +170,7 @@ def _entries(table: Mapping[str, Any], data: int) -> Iterator[tuple[str, Entry]]
         entry = Entry(value["dtype"], tuple(int(side) for side in value["shape"]), data + start, data + end)
         expected = math.prod(entry.shape) * ITEM_SIZE.get(entry.dtype, 0)
         if start < 0 or end < start or (expected and end - start != expected):
-            raise ValueError(name)
+            raise ValueError(f"{name} has {end - start} bytes, its shape and dtype want {expected}")
         yield name, entry
 
 
@@ -180,3 +185,12 @@ def _check_extent(path: Path, entries: Mapping[str, Entry], size: int, data: int
         raise FileError(
             f"{path} is {size - expected} bytes longer than its contents; it is damaged: download it again"
         )
+    # the format allows neither gaps nor tensors that share bytes
+    position = data
+    for name, entry in entries.items():
+        if entry.start != position:
+            raise FileError(
+                f"{path} has a damaged table of contents: {name} begins at byte {entry.start}, "
+                f"where {position} is due; download it again"
+            )
+        position = entry.end

@@ -10,11 +10,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-SHORT_NAMES: dict[str, str] = {
-    "base": "stabilityai/stable-diffusion-xl-base-1.0",
-    "refiner": "stabilityai/stable-diffusion-xl-refiner-1.0",
-    "vae": "stabilityai/sdxl-vae",
-}
+from sdxl_cli.checkpoint.released import RELEASED
+
+SHORT_NAMES: dict[str, str] = {name: known.repo for name, known in RELEASED.items()}
 """What may be typed for the released models."""
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+))?")
@@ -75,6 +73,12 @@ def partial_download(repo: str) -> Path | None:
 def typed_name(what: str) -> str:
     """How a repository, or a file of one, is best typed: ``base`` for the released base."""
     return next((name for name, repo in SHORT_NAMES.items() if repo == what), what)
+
+
+def is_offline() -> bool:
+    """Whether the user forbids the network, in the way of the Hugging Face libraries."""
+    wanted = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return wanted.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def blob_sha256(path: Path) -> str | None:

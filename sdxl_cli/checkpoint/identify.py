@@ -225,6 +225,19 @@ def _other_checkpoint(shapes: Shapes, metadata: Mapping[str, str]) -> Identity |
         ("joint_blocks.", "a Stable Diffusion 3 model"),
         (f"{UNET}double_blocks.", "a Flux model"),
         ("double_blocks.", "a Flux model"),
+        (f"{UNET}input_blocks.1.1.time_stack.", "a Stable Video Diffusion model"),
+        ("clip_txt_pooled_mapper.", "a Stable Cascade model"),
+        ("y_embedder.y_proj.", "a PixArt model"),
+        ("mlp_t5.", "a Hunyuan-DiT model"),
+        ("double_layers.0.attn.w1q.", "an AuraFlow model"),
+        ("txt_in.individual_token_refiner.", "a HunyuanVideo model"),
+        ("cap_embedder.", "a Lumina model"),
+        ("patchify_proj.", "an LTX-Video model"),
+        ("head.modulation", "a Wan model"),
+        (
+            "transformer_blocks.0.attn.add_q_proj.",
+            "a multimodal diffusion transformer (SD 3, Flux or Qwen-Image)",
+        ),
         ("model_ema.", "a training checkpoint with averaged weights only"),
     )
     label = next((label for prefix, label in marks if _any(shapes, prefix)), None)

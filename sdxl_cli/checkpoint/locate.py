@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from sdxl_cli import console as consoles
 from sdxl_cli.checkpoint import diffusers_folder, hub
@@ -24,8 +24,9 @@ from sdxl_cli.model.config import BASE
 if TYPE_CHECKING:
     from sdxl_cli.checkpoint.pickle_file import PickleFile
 
-Role = Literal["base", "refiner", "vae", "model", "any"]
-"""What a model is wanted for; ``model`` takes a base or a refiner, ``any`` whatever is SDXL or its autoencoder."""
+Role = Literal["base", "refiner", "vae", "model", "any", "file"]
+"""What a model is wanted for; ``model`` takes a base or a refiner, ``any`` whatever is SDXL or its autoencoder,
+``file`` whatever it is."""
 
 _CACHE = "the local Hugging Face cache"
 
@@ -41,6 +42,7 @@ _ACCEPTED: dict[Role, tuple[Kind, ...]] = {
     "vae": ("vae", "base", "refiner", "inpaint"),
     "model": ("base", "refiner"),
     "any": ("base", "refiner", "inpaint", "vae"),
+    "file": get_args(Kind),
 }
 _WANTED: dict[Role, str] = {
     "base": "an SDXL base model",
@@ -48,6 +50,7 @@ _WANTED: dict[Role, str] = {
     "vae": "an SDXL VAE",
     "model": "an SDXL base or refiner model",
     "any": "an SDXL model or VAE",
+    "file": "a file of tensors",
 }
 _ADVICE: dict[Kind, str] = {
     "base": "give it with --model",
@@ -98,7 +101,7 @@ def locate(spec: str | None, role: Role = "base", *, variant: str | None = None)
 
 def _default(role: Role, variant: str | None) -> ModelFiles:
     """The released model; without a copy of it the bundled one, and a copy that is not whole is told of."""
-    released = "base" if role in ("model", "any") else role
+    released = "base" if role in ("model", "any", "file") else role
     repo = hub.SHORT_NAMES[released]
     try:
         return _in_cache(repo, None, role, variant)
