@@ -21,12 +21,12 @@ from torch import Tensor
 from sdxl_cli.checkpoint import vocabulary
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.finite import count_non_finite
-from sdxl_cli.checkpoint.identify import CLIP_L, TOKEN_IDS, VAE
+from sdxl_cli.checkpoint.identify import CLIP_L, TOKEN_IDS, V_KEY, VAE, ZERO_SNR_KEY
 from sdxl_cli.checkpoint.read import open_tensors
 from sdxl_cli.checkpoint.stream import Pending
 from sdxl_cli.checkpoint.tensor_file import DTYPES, StreamedFile, Tensors
 from sdxl_cli.checkpoint.vocabulary import Expanded
-from sdxl_cli.checkpoint.write import config_note, modelspec
+from sdxl_cli.checkpoint.write import PREDICTION_NAMES, config_note, modelspec
 from sdxl_cli.errors import FileError, NumericError, UsageError
 from sdxl_cli.model.config import ALL_PARTS, PREFIXES, ModelConfig, Part
 
@@ -190,7 +190,7 @@ def _described(job: Conversion, metadata: Mapping[str, str]) -> dict[str, str]:
     if is_vae and notes:
         notes["modelspec.architecture"] += "/vae"
     if not is_vae and job.source.prediction != "eps":
-        notes["modelspec.prediction_type"] = job.source.prediction
+        notes["modelspec.prediction_type"] = PREDICTION_NAMES[job.source.prediction]
     stated = config_note(config.vae if is_vae else config)
     return notes | dict(metadata) | stated
 
@@ -245,9 +245,9 @@ def _never_in_a_folder(job: Conversion, config: ModelConfig) -> dict[str, Pendin
     if "unet" in job.parts:
         # a single file has no scheduler's configuration; these names stand for it in every front end
         if job.source.prediction == "v":
-            added["v_pred"] = torch.empty(0)
+            added[V_KEY] = torch.empty(0)
         if job.source.identity.zero_terminal_snr:
-            added["ztsnr"] = torch.empty(0)
+            added[ZERO_SNR_KEY] = torch.empty(0)
     return {name: _there(tensor) for name, tensor in added.items()}
 
 

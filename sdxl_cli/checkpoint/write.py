@@ -31,6 +31,9 @@ from sdxl_cli.checkpoint.stream import Pending, write_pending
 from sdxl_cli.model.config import BASE, REFINER, ModelConfig, VAEConfig
 from sdxl_cli.model.sdxl import SDXL
 
+PREDICTION_NAMES: dict[Prediction, str] = {"eps": "epsilon", "v": "v", "x0": "sample"}
+"""``modelspec.prediction_type``."""
+
 
 def save_model(
     path: Path | str,
@@ -73,9 +76,7 @@ def save_model(
     state |= {name: torch.zeros(0) for name, on in marks if on}
     if keep_token_ids is not None:
         state |= _pruned(state, config, keep_token_ids)
-    notes = modelspec(Path(path), config, title) | {
-        "modelspec.prediction_type": {"eps": "epsilon", "v": "v", "x0": "sample"}[prediction]
-    }
+    notes = modelspec(Path(path), config, title) | {"modelspec.prediction_type": PREDICTION_NAMES[prediction]}
     save_tensors(path, state, notes | config_note(config) | dict(metadata or {}), dtype=dtype)
 
 

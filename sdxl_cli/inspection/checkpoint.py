@@ -19,7 +19,7 @@ from sdxl_cli.checkpoint.released import name_of
 from sdxl_cli.checkpoint.tensor_file import Renamed, Tensors
 from sdxl_cli.checkpoint.vocabulary import Expanded
 from sdxl_cli.inspection.scan import NotFinite, Scan, scan_file
-from sdxl_cli.model.config import ALL_PARTS, BASE, REFINER, ModelConfig, Part
+from sdxl_cli.model.config import ALL_PARTS, BASE, PREFIXES, REFINER, ModelConfig, Part
 from sdxl_cli.model.sdxl import SDXL
 
 
@@ -109,7 +109,8 @@ def inspect_checkpoint(files: ModelFiles) -> CheckpointReport:
     config, tensors = _meant(files, stored)
     expected = _expected(files, config) if config else {}
     complete = Expanded(tensors, config) if config else tensors
-    ours = {name: shape for name, shape in complete.shapes.items() if name not in _ignored(files, complete)}
+    known = tuple(PREFIXES.values())
+    ours = {name: shape for name, shape in complete.shapes.items() if name.startswith(known)}
     found = compare(ours, expected) if expected else compare({}, {})
     scans = _scans(files)
     identity = files.identity
@@ -186,10 +187,6 @@ def _expected(files: ModelFiles, config: ModelConfig) -> dict[str, tuple[int, ..
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _ignored(files: ModelFiles, tensors: Tensors) -> frozenset[str]:
-    return frozenset(files.identity.ignored) & frozenset(tensors.shapes)
-
-
 def _parts(
     config: ModelConfig, complete: Tensors, tensors: Tensors, expected: Mapping[str, tuple[int, ...]]
 ) -> tuple[PartReport, ...]:
@@ -222,4 +219,4 @@ def _dtypes(tensors: Tensors) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, shape in tensors.shapes.items():
         counts[tensors.dtypes[name]] += prod(shape)
-    return dict(counts.most_common())
+    return {dtype: count for dtype, count in counts.most_common() if count}

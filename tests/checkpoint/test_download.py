@@ -51,88 +51,88 @@ class Hub:
         return sum(method == "GET" and "/resolve/" in path for method, path, _ in self.requests)
 
 
-def handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the hub does, as far as huggingface_hub asks."""
 
-        def log_message(self, *args: Any) -> None: ...
+    protocol_version = "HTTP/1.1"
+    hub: Hub
 
-        def do_HEAD(self) -> None:
-            self.answer(with_body=False)
+    def log_message(self, *args: Any) -> None: ...
 
-        def do_GET(self) -> None:
-            self.answer(with_body=True)
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
 
-        def answer(self, *, with_body: bool) -> None:
-            hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
-            parts = urlparse(self.path).path.strip("/").split("/")
-            if parts[:2] == ["api", "models"]:
-                return self.listing("/".join(parts[2:4]))
-            repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
-            if hub.gated:
-                return self.refuse(403, "GatedRepo")
-            if repo not in hub.files:
-                return self.refuse(404, "RepoNotFound")
-            if revision not in ("main", "v1", COMMIT):
-                return self.refuse(404, "RevisionNotFound")
-            if name not in hub.files[repo]:
-                return self.refuse(404, "EntryNotFound")
-            return self.content(hub.files[repo][name], with_body)
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
 
-        def listing(self, repo: str) -> None:
-            rows = [
-                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
-                for name, data in hub.files[repo].items()
-            ]
-            body = json.dumps(rows).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer(self, *, with_body: bool) -> None:
+        self.hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
+        parts = urlparse(self.path).path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            return self.listing("/".join(parts[2:4]))
+        repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+        if self.hub.gated:
+            return self.refuse(403, "GatedRepo")
+        if repo not in self.hub.files:
+            return self.refuse(404, "RepoNotFound")
+        if revision not in ("main", "v1", COMMIT):
+            return self.refuse(404, "RevisionNotFound")
+        if name not in self.hub.files[repo]:
+            return self.refuse(404, "EntryNotFound")
+        return self.content(self.hub.files[repo][name], with_body)
 
-        def refuse(self, status: int, code: str) -> None:
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def listing(self, repo: str) -> None:
+        rows = [
+            {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+            for name, data in self.hub.files[repo].items()
+        ]
+        body = json.dumps(rows).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
-        def content(self, data: bytes, with_body: bool) -> None:
-            if with_body and hub.fail and hub.cut_after is None:
-                return self.refuse(hub.fail, "Broken")
-            start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
-            rest = data[start:]
-            large = len(data) > 5000
-            self.send_response(206 if start else 200)
-            self.send_header("X-Repo-Commit", COMMIT)
-            git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            self.send_header("ETag", f'"{git}"')
-            if large:
-                self.send_header("X-Linked-Etag", f'"{hashlib.sha256(data).hexdigest()}"')
-                self.send_header("X-Linked-Size", str(len(data)))
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(rest)))
-            self.end_headers()
-            if with_body:
-                self.body(rest)
-            return None
+    def refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
-        def body(self, rest: bytes) -> None:
-            if hub.corrupt:
-                rest = rest[:-1] + bytes([rest[-1] ^ 1])
-            if hub.cut_after is not None:
-                rest, hub.cut_after = rest[: hub.cut_after], None
-                self.close_connection = True
-            self.wfile.write(rest)
+    def content(self, data: bytes, with_body: bool) -> None:
+        if with_body and self.hub.fail and self.hub.cut_after is None:
+            return self.refuse(self.hub.fail, "Broken")
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        rest = data[start:]
+        large = len(data) > 5000
+        self.send_response(206 if start else 200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        self.send_header("ETag", f'"{git}"')
+        if large:
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(data).hexdigest()}"')
+            self.send_header("X-Linked-Size", str(len(data)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        if with_body:
+            self.body(rest)
+        return None
 
-    return Handler
+    def body(self, rest: bytes) -> None:
+        if self.hub.corrupt:
+            rest = rest[:-1] + bytes([rest[-1] ^ 1])
+        if self.hub.cut_after is not None:
+            rest, self.hub.cut_after = rest[: self.hub.cut_after], None
+            self.close_connection = True
+        self.wfile.write(rest)
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The stand-in, an empty cache, and no way to anywhere else."""
     stand_in = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(stand_in))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": stand_in}))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     stand_in.url = f"http://127.0.0.1:{server.server_port}"
