@@ -84,11 +84,21 @@ PreviewInterval = Annotated[
         "--preview-interval", help="Steps between previews.", metavar="N", min=1, rich_help_panel=LOOKING_ON
     ),
 ]
+PlanOnly = Annotated[
+    bool,
+    typer.Option("--plan", help="Say what would be run, load and make nothing.", rich_help_panel=LOOKING_ON),
+]
 ShowTimings = Annotated[
     bool, typer.Option("--timings", help="Say how long each stage took.", rich_help_panel=LOOKING_ON)
 ]
 
 PREVIEWS = ("none", "terminal", "file")
+_NOT_INTERACTIVE = {
+    "prompts_file": "--prompts-file",
+    "sweep": "--sweep",
+    "grid": "--grid",
+    "plan_only": "--plan",
+}
 _PREVIEW_FILE = Path("preview.png")
 
 
@@ -169,9 +179,9 @@ def check(given: Mapping[str, Any]) -> None:
     if given["preview"] not in (None, *PREVIEWS):
         raise UsageError(f"--preview {given['preview']}: there are {', '.join(PREVIEWS)}")
     if given["interactive"]:
-        for name in ("prompts_file", "sweep", "grid"):
+        for name, flag in _NOT_INTERACTIVE.items():
             if given[name]:
-                raise UsageError(f"--interactive and --{name.replace('_', '-')}: give one of the two")
+                raise UsageError(f"--interactive and {flag}: give one of the two")
 
 
 def look_on(given: Mapping[str, Any], console: Console) -> Onlooker:
@@ -238,6 +248,17 @@ def work_all(worker: Worker, settled: Sequence[Settled], axes: Sequence[Axis]) -
     if given["grid"]:
         result["grids"] = grids
     console.json(result | _timings(worker))
+
+
+def show_plans(settled: Sequence[Settled], console: Console) -> None:
+    """Say what every job would run."""
+    from sdxl_cli.generation.jobs import labelled
+    from sdxl_cli.generation.outline import outline
+
+    plans = [outline(one) for one in settled]
+    for index, plan in enumerate(plans):
+        console.table(("", "would run"), plan.rows(), title=labelled(settled, index).strip() or None)
+    console.json({"plans": [plan.to_json() for plan in plans]})
 
 
 def converse(worker: Worker, base: GenerateRequest, names: Mapping[str, str]) -> int:

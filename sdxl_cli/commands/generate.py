@@ -138,6 +138,7 @@ def command(
     preview: working.Preview = None,
     preview_path: working.PreviewPath = None,
     preview_interval: working.PreviewInterval = 1,
+    plan_only: working.PlanOnly = False,
     timings: working.ShowTimings = False,
     preset: Preset = None,
     config: Config = None,
@@ -167,7 +168,10 @@ def command(
     if stored is not None:
         warn_of_another_model(stored, settled[0].files[0], console)
         warn_of_other_loras(stored, settled[0].models, console)
-    working.work_all(worker, settled, axes)
+    if plan_only:
+        working.show_plans(settled, console)
+    else:
+        working.work_all(worker, settled, axes)
     return 0
 
 

@@ -1,0 +1,124 @@
+"""How much memory a run will need, from tables of contents and shapes alone: nothing is loaded or computed."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sdxl_cli.checkpoint.files import ModelFiles
+from sdxl_cli.checkpoint.read import open_tensors
+from sdxl_cli.generation.weights import Weights
+from sdxl_cli.model.config import ALL_PARTS, PREFIXES, Part
+from sdxl_cli.model.sdxl import SDXL
+
+_UNET: tuple[Part, ...] = ("unet",)
+_VAE: tuple[Part, ...] = ("vae",)
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are alive at the same time; on the meta device they take none themselves.
+
+    What a kernel uses inside itself is not seen: cuDNN's workspaces, say, come on top.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._total = 0
+        self._users: dict[int, list[int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for value in tree_leaves(made):
+            if isinstance(value, Tensor):
+                self._see(value)
+        return made
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._users:
+            self._users[key] = [storage.nbytes(), 0]
+            self._total += storage.nbytes()
+            self.peak = max(self.peak, self._total)
+        self._users[key][1] += 1
+        weakref.finalize(tensor, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self._users[key][1] -= 1
+        if self._users[key][1] == 0:
+            self._total -= self._users.pop(key)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes that one model takes."""
+
+    weights: Mapping[Part, int]
+    """By part, in the precision it runs in."""
+    work: Mapping[Part, int]
+    """What a pass through a part needs beside its weights; the text encoders' is too little to count."""
+
+    def peak(self, *, together: bool) -> int:
+        """The most at one time, when all parts stay loaded or when they take turns."""
+        if together:
+            return sum(self.weights.values()) + max(self.work.values(), default=0)
+        return max(self.weights[part] + self.work.get(part, 0) for part in self.weights)
+
+
+def part_bytes(files: ModelFiles, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[Part, int]:
+    """Bytes of the weights by part, in these precisions; read from the files' tables of contents."""
+    counts = dict.fromkeys(ALL_PARTS, 0)
+    for name, shape in open_tensors(files).shapes.items():
+        for part in ALL_PARTS:
+            if name.startswith(PREFIXES[part]):
+                counts[part] += math.prod(shape)
+    widths = {part: (vae_dtype if part == "vae" else dtype).itemsize for part in ALL_PARTS}
+    return {part: count * widths[part] for part, count in counts.items()}
+
+
+def estimate(
+    files: ModelFiles, weights: Weights, *, size: tuple[int, int], batch: int, tokens: int, decodes: bool
+) -> Needs:
+    """What a model needs for pictures of ``size``.
+
+    Args:
+        files: the model's.
+        weights: where and in what precision it runs.
+        size: (height, width) in pixels, of the largest pass.
+        batch: rows that go through the U-Net at once: twice the pictures, with guidance.
+        tokens: rows of text features, 77 for each chunk.
+        decodes: whether its autoencoder is used.
+    """
+    config = weights.config
+    height, width = (side // config.vae.downsampling for side in size)
+    with torch.device("meta"):
+        unet = SDXL(config, _UNET).unet.to(weights.dtype).eval().requires_grad_(False)
+        x = torch.empty(batch, config.unet.in_channels, height, width, dtype=weights.dtype)
+        timesteps = torch.empty(batch, dtype=torch.long)
+        context = torch.empty(batch, tokens, config.unet.context_dim, dtype=weights.dtype)
+        vector = torch.empty(batch, config.unet.adm_in_channels, dtype=weights.dtype)
+        work: dict[Part, int] = {}
+        with torch.inference_mode(), LiveBytes() as seen:
+            unet(x, timesteps, context, vector)
+        work["unet"] = seen.peak
+        if decodes:
+            vae = SDXL(config, _VAE).vae.to(weights.vae_dtype).eval().requires_grad_(False)
+            latent = torch.empty(1, config.vae.z_channels, height, width, dtype=weights.vae_dtype)
+            with torch.inference_mode(), LiveBytes() as seen:
+                vae.decode(latent)
+            work["vae"] = seen.peak
+    held = part_bytes(files, weights.dtype, weights.vae_dtype)
+    if not decodes:
+        del held["vae"]
+    return Needs(held, work)
