@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-PROMPT, MODEL, GUIDANCE, CONDITIONS, MACHINE, OUTPUT = (
+PROMPT, MODEL, STEPS, GUIDANCE, CONDITIONS, MACHINE, OUTPUT = (
     "Prompt",
     "Model",
+    "How it steps",
     "Guidance",
     "What the model is told",
     "Where it runs",
@@ -171,9 +172,47 @@ CfgScale = Annotated[
 ]
 Sampler = Annotated[
     str | None,
-    typer.Option("--sampler", "--sampling-method", help="Such as euler, dpmpp_2m.", metavar="NAME"),
+    typer.Option(
+        "--sampler",
+        "--sampling-method",
+        help="Such as euler, dpmpp_2m, 'DPM++ 2M SDE Karras', euler:s_churn=5; all: sdxl samplers.",
+        metavar="NAME",
+    ),
 ]
-Scheduler = Annotated[str | None, typer.Option(help="Noise levels: sgm, karras, normal, ...", metavar="NAME")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="Noise levels: auto, sgm, karras, karras:rho=5, ...; all: sdxl samplers.", metavar="NAME"
+    ),
+]
+Sigmas = Annotated[
+    str | None,
+    typer.Option(
+        help="Noise levels one by one, in place of a scheduler and steps.",
+        metavar="14.6,...",
+        rich_help_panel=STEPS,
+    ),
+]
+Timesteps = Annotated[
+    str | None,
+    typer.Option(help="The same, as timesteps.", metavar="999,...", rich_help_panel=STEPS),
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of fresh noise, for samplers that add some; 0 is none.",
+        metavar="X",
+        rich_help_panel=STEPS,
+    ),
+]
+SNoise = Annotated[
+    float | None,
+    typer.Option(help="How strong added noise is; 1 is right.", metavar="X", rich_help_panel=STEPS),
+]
+SChurn = Annotated[
+    float | None,
+    typer.Option(help="Noise added before steps: euler, heun, dpm2.", metavar="X", rich_help_panel=STEPS),
+]
 Seed = Annotated[int | None, typer.Option("--seed", "-s", help="First seed; -1 draws one.", metavar="N")]
 
 OriginalSize = Annotated[

@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sdxl_cli.diffusion.samplers import resolve as resolve_sampler
-from sdxl_cli.errors import UsageError
+from sdxl_cli.diffusion.names import is_auto
 from sdxl_cli.generation.foreign import Foreign, base_name
-from sdxl_cli.generation.metadata import SCHEDULE_LABELS, ModelRecord
+from sdxl_cli.generation.metadata import ModelRecord
 from sdxl_cli.generation.request import GenerateRequest
 from sdxl_cli.generation.values import hints
 
@@ -19,20 +18,6 @@ _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
 _FEWEST_PAIRS = 3
 """A last line with fewer is part of the prompt (A1111's rule too)."""
-
-AUTOMATIC = {
-    "DPM++ 2M": "karras", "DPM++ SDE": "karras", "DPM++ 2M SDE": "karras", "DPM++ 2M SDE Heun": "karras",
-    "DPM++ 2S a": "karras", "DPM++ 3M SDE": "exponential", "DPM2": "karras", "DPM2 a": "karras",
-    "LMS": "normal", "Restart": "karras",
-}  # fmt: skip
-"""What "Automatic" is for a sampler (A1111, sd_samplers_kdiffusion.py); "normal" for the others."""
-
-_SCHEDULERS = {
-    "uniform": "normal",
-    "sgm uniform": "sgm_uniform",
-    "ddim": "ddim_uniform",
-    **{label.lower(): name for name, label in SCHEDULE_LABELS.items() if name not in ("sgm", "trailing")},
-}
 
 _PLAIN = {
     "Steps": "steps",
@@ -49,6 +34,8 @@ _PLAIN = {
     "CFG Rescale": "cfg_rescale",
     "CFG rescale": "cfg_rescale",
     "Eta": "eta",
+    "Sigma churn": "s_churn",
+    "Sigma noise": "s_noise",
 }
 """Key -> field, where the values are written alike."""
 
@@ -114,31 +101,23 @@ def read(text: str) -> Foreign:
 
 
 def _sampler(found: Foreign, pairs: dict[str, str]) -> None:
-    """Sampler and schedule; before 1.9 the two were one name ("DPM++ 2M Karras")."""
+    """Sampler and schedule; before 1.9 the two were one name ("DPM++ 2M Karras"), and without one it was uniform."""
     name, schedule = pairs.get("Sampler"), pairs.get("Schedule type")
     if name is None:
         return
+    choice = found.put_sampler(name, f"Sampler: {name}")
+    if choice is None:
+        return
     if schedule is None:
-        head, _, tail = name.rpartition(" ")
-        if head and tail.lower() in _SCHEDULERS and not _is_sampler(name):
-            name, schedule = head, tail
-        else:
-            schedule = "Uniform"
-    said = f"Sampler: {pairs['Sampler']}"
-    found.put_sampler(name, said)
-    if schedule == "Automatic":
-        schedule = AUTOMATIC.get(name, "normal")
-    key = _SCHEDULERS.get(schedule.lower(), schedule.lower().replace(" ", "_"))
-    found.put_scheduler(key, f"Schedule type: {schedule}")
-
-
-def _is_sampler(name: str) -> bool:
-    """Whether the whole name is one sampler's, such as "DPM++ 2M SDE Heun"; a fused name is not."""
-    try:
-        sampler = resolve_sampler(name)
-    except UsageError:
-        return False
-    return sampler.label.lower() == name.lower()
+        found.put_scheduler(str(choice.grid or "normal"), f"Sampler: {name}")
+    elif is_auto(schedule):
+        # A1111 names one for those that have a k-diffusion scheduler of their own, as here
+        usual = choice.sampler.grid
+        found.put_scheduler(
+            usual if usual in ("karras", "exponential") else "normal", "Schedule type: Automatic"
+        )
+    else:
+        found.put_scheduler(schedule, f"Schedule type: {schedule}")
 
 
 def _hashes(found: Foreign, pairs: dict[str, str]) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_cli.checkpoint.locate import locate
-from sdxl_cli.diffusion import schedule as schedules
-from sdxl_cli.diffusion.samplers import resolve as resolve_sampler
+from sdxl_cli.diffusion.names import Choice, find_grid, find_sampler
 from sdxl_cli.errors import SdxlError, UsageError
 from sdxl_cli.generation.metadata import ModelRecord
 from sdxl_cli.generation.request import GenerateRequest
@@ -57,18 +56,20 @@ class Foreign:
         self.fields[name] = value
         return True
 
-    def put_sampler(self, name: str, said: str) -> None:
-        """Set the sampler, by any program's name."""
+    def put_sampler(self, name: str, said: str) -> Choice | None:
+        """Set the sampler, by any program's name; what the name says, or None for an unknown one."""
         try:
-            self.fields["sampler"] = resolve_sampler(name).name
+            choice = find_sampler(name)
         except UsageError:
             self.remarks.append(f"{said}: no such sampler here; the default takes its place")
+            return None
+        self.fields["sampler"] = str(choice)
+        return choice
 
     def put_scheduler(self, name: str, said: str) -> None:
         """Set the scheduler, by any program's name."""
         try:
-            schedules.resolve(name)
-            self.fields["scheduler"] = name
+            self.fields["scheduler"] = str(find_grid(name))
         except UsageError:
             self.remarks.append(f"{said}: no such scheduler here; the default takes its place")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdxl_cli import __version__, presets
+from sdxl_cli.diffusion.names import schedule_label
 from sdxl_cli.errors import FileError, UsageError
 from sdxl_cli.generation.lora import LoraUse
 from sdxl_cli.generation.picture import Texts, read_texts
@@ -21,22 +22,6 @@ FORMAT = 1
 
 Kind = Literal["generate", "refine"]
 _REQUESTS: dict[Kind, type[SamplingRequest]] = {"generate": GenerateRequest, "refine": RefineRequest}
-
-SCHEDULE_LABELS = {
-    "sgm": "SGM Uniform",
-    "sgm_uniform": "SGM Uniform",
-    "trailing": "SGM Uniform",
-    "normal": "Uniform",
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "polyexponential": "Polyexponential",
-    "simple": "Simple",
-    "ddim_uniform": "DDIM",
-    "beta": "Beta",
-    "kl_optimal": "KL Optimal",
-    "align_your_steps": "Align Your Steps",
-}
-"""What A1111 calls a scheduler; others go by their own name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +116,10 @@ class Record:
         fields: dict[str, object] = {
             "Steps": request.steps,
             "Sampler": self.sampler_label,
-            "Schedule type": SCHEDULE_LABELS.get(request.scheduler, request.scheduler),
+            "Schedule type": schedule_label(request.scheduler),
+            "Eta": None if request.eta is None else f"{request.eta:g}",
+            "Sigma churn": None if request.s_churn is None else f"{request.s_churn:g}",
+            "Sigma noise": None if request.s_noise is None else f"{request.s_noise:g}",
             "CFG scale": f"{request.cfg_scale:g}",
             "Seed": request.seed,
             "Size": format_size(self.framing.size),

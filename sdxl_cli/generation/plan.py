@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count, pairwise
 from typing import Literal
 
 from torch import Tensor
 
-from sdxl_cli.diffusion import schedule as schedules
 from sdxl_cli.diffusion.formulation import Formulation
-from sdxl_cli.diffusion.samplers import resolve as resolve_sampler
 from sdxl_cli.diffusion.samplers.base import Sampler
 from sdxl_cli.diffusion.schedule import NoiseSchedule
 from sdxl_cli.errors import UsageError
 from sdxl_cli.generation.canvas import Canvas, open_canvas
 from sdxl_cli.generation.guiding import describe
+from sdxl_cli.generation.levels import settle
 from sdxl_cli.generation.request import (
     Framing,
     GenerateRequest,
@@ -121,7 +119,8 @@ def plan_generation(
         FileError: a picture is missing or none.
         UsageError: a size, a sampler or a scheduler that does not exist, or a strength that leaves no step.
     """
-    sampler, grid = resolve_sampler(request.sampler), schedules.resolve(request.scheduler)
+    schedule = (formulation or Formulation()).schedule()
+    levels = settle(request, schedule)
     models = [config] if refiner is None else [config, refiner]
     multiple = size_multiple(*models)
     native = nearest_multiple((config.native_size, config.native_size), multiple)
@@ -130,19 +129,18 @@ def plan_generation(
     canvas = open_canvas(request, multiple=multiple, native=native, size=asked)
     if canvas is not None:
         framing = request.frame(canvas.size)
-    schedule = (formulation or Formulation()).schedule()
-    sigmas = lowest(partial(grid, schedule), request.steps, request.share_of_noise, exact=request.exact_steps)
-    named = replace(request, sampler=sampler.name, scheduler=grid.__name__)
+    sigmas = lowest(levels.grid, levels.steps, request.share_of_noise, exact=request.exact_steps)
+    named = levels.named(request)
     first = Plan(
         request=named.fixed(asked or framing.size),
         canvas=canvas,
         framing=framing,
-        sampler=sampler,
+        sampler=levels.sampler,
         schedule=schedule,
         sigmas=sigmas,
         base_steps=len(sigmas) - 1,
     )
-    return with_passes(first, request, partial(grid, schedule), multiple, has_refiner=refiner is not None)
+    return with_passes(first, named, levels.grid, multiple, has_refiner=refiner is not None)
 
 
 def with_passes(
@@ -190,13 +188,14 @@ def plan_refinement(request: RefineRequest, size: Size, formulation: Formulation
     Raises:
         UsageError: a sampler or scheduler that does not exist, or a strength that leaves no step.
     """
-    sampler, grid = resolve_sampler(request.sampler), schedules.resolve(request.scheduler)
     schedule = (formulation or Formulation()).schedule()
-    sigmas = lowest(partial(grid, schedule), request.steps, request.strength)
+    # the refiner knows the lowest levels only, which the original's grid does not crowd
+    levels = settle(request, schedule, otherwise="sgm")
+    sigmas = lowest(levels.grid, levels.steps, request.strength)
     return Plan(
-        request=with_seed(replace(request, sampler=sampler.name, scheduler=grid.__name__)),
+        request=with_seed(levels.named(request)),
         framing=request.frame(size),
-        sampler=sampler,
+        sampler=levels.sampler,
         schedule=schedule,
         sigmas=sigmas,
         base_steps=0,
@@ -210,7 +209,7 @@ def lowest(grid: Callable[[int], Tensor], steps: int, share: float, *, exact: bo
     step less than that (sgm Img2ImgDiscretizationWrapper).
 
     Args:
-        grid: number of steps n -> n + 1 levels, descending.
+        grid: number of steps n -> about n + 1 levels, descending.
         steps: of the whole schedule; with ``exact``, of the part that is kept.
         share: 0 … 1.
         exact: take a schedule so fine that ``steps`` of it are kept.
@@ -218,14 +217,16 @@ def lowest(grid: Callable[[int], Tensor], steps: int, share: float, *, exact: bo
     Raises:
         UsageError: no step is left.
     """
-    kept = steps + 1 if exact else int(share * (steps + 1))
+    levels = grid(steps)
+    kept = len(levels) if exact else int(share * len(levels))
     if kept < 2:
         raise UsageError(
-            f"--strength {share:g} of {steps} steps leaves none to run; "
-            f"give at least --strength {_ceil_hundredths(2 / (steps + 1)):g}, or more steps"
+            f"--strength {share:g} of {len(levels) - 1} steps leaves none to run; "
+            f"give at least --strength {_ceil_hundredths(2 / len(levels)):g}, or more steps"
         )
-    whole = next(n for n in count(steps) if int(share * (n + 1)) >= kept) if exact else steps
-    return grid(whole)[-kept:]
+    if exact:
+        levels = grid(next(n for n in count(steps) if int(share * (n + 1)) >= kept))
+    return levels[-kept:]
 
 
 def steps_above(schedule: NoiseSchedule, sigmas: Tensor, switch_at: float) -> int:

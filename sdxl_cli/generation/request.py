@@ -126,7 +126,18 @@ class SamplingRequest:
     zero_terminal_snr: bool | None = None
     """Whether it was trained down to pure noise. None: what its file says."""
     sampler: str = "dpmpp_2m"
-    scheduler: str = "karras"
+    scheduler: str = "auto"
+    """``auto``: the one that the sampler's name says, or that suits it."""
+    sigmas: str | None = None
+    """The noise levels one by one, with commas between. They take the place of scheduler and steps."""
+    timesteps: str | None = None
+    """The same, as places 999 … 0 among the model's levels."""
+    eta: float | None = None
+    """Share of fresh noise. None: what is usual for the sampler; likewise the next two."""
+    s_noise: float | None = None
+    """How strong added noise is."""
+    s_churn: float | None = None
+    """Noise added before steps, over all of them."""
     seed: int = RANDOM_SEED
     """Of the first picture; the others count up from it. -1 draws one."""
     original_size: str | None = None

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sdxl_cli.diffusion.denoiser import Denoiser
 from sdxl_cli.diffusion.formulation import TERMINAL_SHARE, Formulation, Prediction, zero_terminal_sigmas
+from sdxl_cli.diffusion.grids import GRIDS
 from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.diffusion.samplers import SAMPLERS
-from sdxl_cli.diffusion.schedule import BETA_END, BETA_START, GRIDS, sigma_table
+from sdxl_cli.diffusion.schedule import BETA_END, BETA_START, sigma_table
 
 BETAS = {"beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
 NAMES: dict[Prediction, str] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from sdxl_cli.diffusion.grids import GRIDS
 from sdxl_cli.diffusion.noise import BrownianTree, NoiseStreams
-from sdxl_cli.diffusion.schedule import GRIDS, NoiseSchedule
+from sdxl_cli.diffusion.schedule import NoiseSchedule
 
 
 def test_a_stream_is_torchs_generator_of_that_seed() -> None:

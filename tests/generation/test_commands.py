@@ -363,3 +363,31 @@ def test_a_ratio_is_a_trained_size_of_the_models_own_area(
 ) -> None:
     """For SDXL the paper's Appendix I, for the bundled model its own table, for other areas the rule."""
     assert output_size(ratio, "--size", buckets=buckets_of(native), multiple=32) == size
+
+
+@pytest.mark.parametrize(
+    ("flags", "settled"),
+    [
+        (["--sampler", "DPM++ 2M SDE Karras", "--eta", "0.5"], ("dpmpp_2m_sde", "karras", 0.5)),
+        (["--sampler", "dpmpp_sde"], ("dpmpp_sde", "karras", None)),
+        (["--sampler", "lcm", "--scheduler", "auto"], ("lcm", "lcm", None)),
+        (["--sampler", "euler_a", "--timesteps", "999,499,99"], ("euler_a", "custom", None)),
+    ],
+)
+def test_a_picture_of_any_sampler_is_made_again_from_what_it_says(
+    generate: Sdxl, sdxl: Sdxl, flags: list[str], settled: tuple[str, str, float | None]
+) -> None:
+    first = generate("a red guitar", *flags, "-o", "one").paths[0]
+    stored = read_record(first)
+    assert stored is not None
+    assert (stored.request.sampler, stored.request.scheduler, stored.request.eta) == settled
+    again = sdxl("generate", "--from", first, "-o", "two").paths[0]
+    assert np.array_equal(read_pixels(first), read_pixels(again))
+
+
+def test_a_batch_and_a_picture_alone_take_the_same_path(generate: Sdxl) -> None:
+    """A sampler that adds noise: the second picture of two is the one of its own seed."""
+    flags = ("a red guitar", "--sampler", "dpmpp_2m_sde")
+    second = generate(*flags, "--num-images", 2, "-o", "two").paths[1]
+    alone = generate(*flags, "--seed", 6, "-o", "one").paths[0]
+    assert np.array_equal(read_pixels(second), read_pixels(alone))

@@ -19,9 +19,10 @@ from sdxl_cli import cli
 from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.write import save_model
 from sdxl_cli.diffusion.formulation import TERMINAL_SHARE, Formulation, Prediction
+from sdxl_cli.diffusion.grids import GRIDS
 from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.diffusion.samplers import SAMPLERS
-from sdxl_cli.diffusion.schedule import GRIDS, NoiseSchedule
+from sdxl_cli.diffusion.schedule import NoiseSchedule
 from sdxl_cli.generation import guiding
 from sdxl_cli.generation.encode import Prompts, encode_prompts, encode_text, guided
 from sdxl_cli.generation.guidance_texts import parse_emphasis, parse_interval, scales

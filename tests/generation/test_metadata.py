@@ -19,7 +19,12 @@ PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 """A1111's parser of the last line."""
 
 REQUEST = GenerateRequest(
-    prompt="a cat,\non a mat: soft", negative_prompt="ugly", seed=42, steps=30, size="1024x1024"
+    prompt="a cat,\non a mat: soft",
+    negative_prompt="ugly",
+    seed=42,
+    steps=30,
+    size="1024x1024",
+    scheduler="karras",
 )
 MODELS = {"base": ModelRecord("sd_xl, base: 1", "31e35c80fc" + "0" * 54)}
 

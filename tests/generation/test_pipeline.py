@@ -192,7 +192,8 @@ def test_the_solver_remembers_the_base_when_the_refiner_takes_over(
     base = weights(models["base"])
     whole = list(generate(plan_generation(request, base.config), Models(base=base), Silent()))
     split = plan_generation(request, base.config, base.config)
-    assert split.base_steps == 8
+    # those of DPM2 skip the last level above 0
+    assert split.base_steps == (9 if split.sampler.skips_penultimate else 8)
     handed = list(generate(split, Models(base=base, refiner=weights(models["base"])), Silent()))
     assert np.array_equal(whole[0].pixels, handed[0].pixels)
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdxl_cli.diffusion.denoiser import Denoiser
+from sdxl_cli.diffusion.grids import GRIDS
 from sdxl_cli.diffusion.guidance import Guidance, Guided
 from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.diffusion.samplers import SAMPLERS
-from sdxl_cli.diffusion.schedule import GRIDS, NoiseSchedule
+from sdxl_cli.diffusion.schedule import NoiseSchedule
 from sdxl_cli.model import config as sizes
 from sdxl_cli.model.config import ModelConfig
 from sdxl_cli.model.text import ClipLEmbedder, OpenClipEmbedder

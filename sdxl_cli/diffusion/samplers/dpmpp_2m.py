@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdxl_cli.diffusion.samplers.base import Denoise, Noise
+from sdxl_cli.diffusion.samplers.base import Denoise, Noise, Sampler, pairs
 
 
-class DPMpp2M:
+@dataclass(frozen=True, kw_only=True)
+class DPMpp2M(Sampler):
     """Second-order multistep: extrapolates the denoised latent with the previous one.
 
     The first step, and the step to sigma 0, are first order (facts: sgm DPMPP2MSampler).
     """
 
-    name = "dpmpp_2m"
-    label = "DPM++ 2M"
+    name: str = "dpmpp_2m"
+    label: str = "DPM++ 2M"
+    grid: str = "karras"
+    order = 2
 
     def steps(self, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Tensor]:
         """See :class:`~sdxl_cli.diffusion.samplers.base.Sampler`."""
-        levels = sigmas.tolist()
         previous: Tensor | None = None
         last_h = 0.0
-        for sigma, following in zip(levels, levels[1:], strict=False):
+        for sigma, following in pairs(sigmas):
             denoised = denoise(x, sigma)
             target = denoised
             if following == 0.0:
