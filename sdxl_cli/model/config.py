@@ -185,12 +185,12 @@ _TINY_BIG_G = TextTowerConfig(width=96, layers=3, heads=6, activation="gelu", em
 
 TINY = ModelConfig(
     unet=UNetConfig(
-        model_channels=32,
-        channel_mult=(1, 2, 5),
+        model_channels=48,
+        channel_mult=(1, 2, 3),
         num_res_blocks=1,
-        transformer_depth=(0, 1, 2),
-        transformer_depth_middle=2,
-        num_head_channels=32,
+        transformer_depth=(0, 1, 1),
+        transformer_depth_middle=1,
+        num_head_channels=16,
         context_dim=160,
         adm_in_channels=96 + 6 * 256,
         norm_groups=8,

@@ -118,6 +118,9 @@ class UNetTrainConfig:
     joint: all together; empty: the caption becomes the empty text, which is what a refiner is guided away from."""
     train_text_encoders: bool = False
     """Train the text encoders along; for models built from nothing."""
+    caption_tokens: int = 77
+    """Tokens that the text encoders read of each caption, start and end included. Short captions are mostly padding,
+    which costs time and dilutes attention; what is trained with less must see the whole 77 at the end."""
     native_size: int = 0
     """Side in pixels of the pictures trained on, which generation with the result takes for its default; 0 leaves
     what the model says."""
@@ -134,5 +137,7 @@ class UNetTrainConfig:
             )
         if not 0 <= self.text_dropout <= 1:
             raise UsageError(f"text_dropout is {self.text_dropout}; it is a chance, 0 … 1")
+        if not 3 <= self.caption_tokens <= 77:
+            raise UsageError(f"caption_tokens is {self.caption_tokens}; CLIP reads from 3 to 77 tokens")
         if self.min_snr_gamma < 0:
             raise UsageError(f"min_snr_gamma is {self.min_snr_gamma}; it must be positive, or 0 for off")

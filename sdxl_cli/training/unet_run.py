@@ -80,7 +80,7 @@ def train_unet(request: UNetRequest) -> UNetResult:
     model.to(memory_format=torch.channels_last).train()
     cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
     loader = BatchLoader(manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache)
-    task = UNetTask(model, loader, _Tokens(Tokenizer.default()), config)
+    task = UNetTask(model, loader, _Tokens(Tokenizer.default(), config.caption_tokens), config)
     run = Run(task, config.loop, request.output, _record(model, vae, config, ids))
     if request.resume:
         run.resume()
@@ -217,10 +217,10 @@ def _compacted(model: SDXL, manifest: Manifest) -> Tensor:
 
 
 class _Tokens:
-    """Tokenizes captions, each once."""
+    """Tokenizes captions, each once, to ``length`` tokens."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, length: int) -> None:
+        self.tokenizer, self.length = tokenizer, length
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -231,7 +231,11 @@ class _Tokens:
     def _one(self, caption: str) -> tuple[Tensor, Tensor]:
         if caption not in self.seen:
             ids_l, ids_g = (self.tokenizer.row(caption, padding) for padding in (PAD_CLIP_L, PAD_BIG_G))
-            self.seen[caption] = torch.tensor(ids_l), torch.tensor(ids_g)
+            if PAD_CLIP_L not in ids_l[: self.length]:  # the end of the text, which CLIP-L also pads with
+                raise UsageError(
+                    f"caption_tokens = {self.length} would cut {caption[:60]!r}; the longest caption needs more"
+                )
+            self.seen[caption] = torch.tensor(ids_l[: self.length]), torch.tensor(ids_g[: self.length])
         return self.seen[caption]
 
 
