@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,8 +21,56 @@ def upsample_conv(
     Returns:
         [B, D, 2·H, 2·W], or [B, D, *size].
     """
-    size = size or (2 * x.shape[2], 2 * x.shape[3])
+    doubled = (2 * x.shape[2], 2 * x.shape[3])
+    size = size or doubled
+    # on CUDA not before it is measured: tensor cores like 3x3 kernels better than small strided copies
+    if size == doubled and not x.is_cuda:
+        return upsample_conv_subpixel(x, weight, bias)
     return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
+
+
+def upsample_conv_subpixel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same as :func:`upsample_conv` to the double size, with 4/9 of its multiplications.
+
+    Of the three rows that a doubled image's row is made from, two are the same row of ``x``. So each of the four
+    pixels that come from one is a 2x2 convolution of ``x``, with the coinciding taps added up beforehand.
+
+    Args and result as for :func:`upsample_conv`.
+    """
+    batch, _, height, width = x.shape
+    four = F.conv2d(x, subpixel_weight(weight), None if bias is None else bias.repeat(4), padding=1)
+    channels = len(weight)
+    nhwc = four.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    out = torch.empty(
+        (batch, channels, 2 * height, 2 * width), dtype=four.dtype, device=four.device, memory_format=layout
+    )
+    for index, part in enumerate(four.split(channels, dim=1)):
+        down, right = divmod(index, 2)
+        out[:, :, down::2, right::2] = part[:, :, down : down + height, right : right + width]
+    return out
+
+
+def subpixel_weight(weight: Tensor) -> Tensor:
+    """Four 2x2 kernels for one 3x3 kernel.
+
+    The upper pixel of two sees the row above and its own (taps 0 | 1 + 2), the lower one its own and the row below
+    (taps 0 + 1 | 2); columns alike.
+
+    Args:
+        weight: [D, C, 3, 3].
+
+    Returns:
+        [4·D, C, 2, 2]: upper left, upper right, lower left, lower right.
+    """
+    rows = [_halves(weight, 2, first) for first in (1, 2)]
+    return torch.cat([_halves(row, 3, first) for row in rows for first in (1, 2)])
+
+
+def _halves(weight: Tensor, dim: int, first: int) -> Tensor:
+    """Three taps along ``dim`` as two: the sum of the ``first`` ones, and the sum of the others."""
+    parts = weight.split([first, 3 - first], dim=dim)
+    return torch.cat([part.sum(dim, keepdim=True) for part in parts], dim=dim)
 
 
 def downsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -42,11 +43,24 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[B, C, H, W] and the activated embedding [B, E] -> [B, D, H, W]."""
+        """[B, C, H, W] and the activated embedding [k·B, E] -> [k·B, D, H, W].
+
+        Up to where the embedding comes in, what k rows have in common is computed once.
+        """
         hidden = self.in_layers[2](_norm_silu(self.in_layers[0], x))
-        hidden = hidden + self.emb_layers[1](emb)[:, :, None, None]
+        hidden = _rows(hidden, len(emb)) + self.emb_layers[1](emb)[:, :, None, None]
         hidden = self.out_layers[3](_norm_silu(self.out_layers[0], hidden))
-        return self.skip_connection(x) + hidden
+        return _rows(self.skip_connection(x), len(emb)) + hidden
+
+
+@dataclass(frozen=True, slots=True)
+class KeysValues:
+    """What an attention layer reads of its context."""
+
+    keys: Tensor
+    """[B, H, S, d]."""
+    values: Tensor
+    """[B, H, S, d]."""
 
 
 class Attention(nn.Module):
@@ -60,14 +74,17 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """[B, L, C] and [B, S, ctx] -> [B, L, C]."""
-        source = x if context is None else context
-        q, k, v = (
-            rearrange(tokens, "b l (h d) -> b h l d", h=self.heads)
-            for tokens in (self.to_q(x), self.to_k(source), self.to_v(source))
-        )
-        return self.to_out(rearrange(attention(q, k, v), "b h l d -> b l (h d)"))
+    def read(self, source: Tensor) -> KeysValues:
+        """[B, S, ctx] -> keys and values."""
+        return KeysValues(self._split(self.to_k(source)), self._split(self.to_v(source)))
+
+    def forward(self, x: Tensor, source: KeysValues) -> Tensor:
+        """[B, L, C] -> [B, L, C]."""
+        out = attention(self._split(self.to_q(x)), source.keys, source.values)
+        return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return rearrange(tokens, "b l (h d) -> b h l d", h=self.heads)
 
 
 class GEGLU(nn.Module):
@@ -94,6 +111,20 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What stays the same from step to step; for inference."""
+
+    label: Tensor
+    """The embedding of pooled text and micro-conditions [B, E]."""
+    keys_values: Mapping[nn.Module, KeysValues]
+    """By transformer block. Of the last rows only, when the text of the first ones is all zeros."""
+
+
+Context = Tensor | Prepared
+"""Text features [B, S, ctx], or what was made of them."""
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward; each pre-normed and residual."""
 
@@ -104,11 +135,25 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """[B, L, C], [B, S, ctx] -> [B, L, C]."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, L, C] and the context of B rows -> [B, L, C]."""
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, self.attn1.read(normed))
+        if isinstance(context, Prepared):
+            x = self._told(x, context.keys_values[self])
+        else:
+            x = x + self.attn2(self.norm2(x), self.attn2.read(context))
         return x + self.ff(self.norm3(x))
+
+    def _told(self, x: Tensor, told: KeysValues) -> Tensor:
+        """Cross-attention of the last rows, in place; the text of the first ones is all zeros.
+
+        Zeros have zero keys and values, and the average of zero values is zero: what remains is a bias.
+        """
+        bare = len(x) - len(told.keys)
+        x[:bare] += self.attn2.to_out[0].bias
+        x[bare:] += self.attn2(self.norm2(x[bare:]), told)
+        return x
 
 
 class SpatialTransformer(nn.Module):
@@ -123,8 +168,8 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """[B, C, H, W], [B, S, ctx] -> [B, C, H, W]."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, C, H, W] and the context of B rows -> [B, C, H, W]."""
         norm = self.norm
         tokens = group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         tokens = self.proj_in(rearrange(tokens, "b c h w -> b (h w) c"))
@@ -193,16 +238,46 @@ class UNet(nn.Module):
         Returns:
             The prediction [B, out, h, w].
         """
+        return self._evaluate(x, timesteps, context, self.label_emb(y))
+
+    def prepare(self, context: Tensor, y: Tensor) -> Prepared:
+        """Compute what is the same at every step, once.
+
+        Args:
+            context: text features [B, T, context_dim]. When those of the first rows are all zeros (the released
+                base's negative prompt), these rows are left out of cross-attention, which is exact.
+            y: pooled text and micro-conditions [B, adm_in_channels].
+        """
+        zeros = (context == 0).flatten(1).all(dim=1).tolist()
+        bare = zeros.index(False) if False in zeros else len(zeros)
+        blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        return Prepared(self.label_emb(y), {block: block.attn2.read(context[bare:]) for block in blocks})
+
+    def step(self, x: Tensor, timesteps: Tensor, prepared: Prepared) -> Tensor:
+        """One evaluation, as :meth:`forward`, with what was prepared for k·B rows; inference only.
+
+        Args:
+            x: [B, in, h, w]. With k = 2, both sides of guidance read the same latents, and what comes before the
+                first condition is computed once.
+            timesteps: [k·B].
+            prepared: of k·B rows: the B latents under the first conditions, then under the next.
+
+        Returns:
+            [k·B, out, h, w].
+        """
+        return self._evaluate(x, timesteps, prepared, prepared.label)
+
+    def _evaluate(self, x: Tensor, timesteps: Tensor, context: Context, label: Tensor) -> Tensor:
         features = sinusoidal(timesteps, self.config.model_channels).to(x.dtype)
         # every residual block activates the embedding first: once is enough
-        emb = nn.functional.silu(self.time_embed(features) + self.label_emb(y))
+        emb = nn.functional.silu(self.time_embed(features) + label)
         skips = []
         for block in self.input_blocks:
             x = _run(block, x, emb, context)
             skips.append(x)
         x = _run(self.middle_block, x, emb, context)
         for block in self.output_blocks:
-            joined = torch.cat([x, skips.pop()], dim=1)
+            joined = torch.cat([x, _rows(skips.pop(), len(x))], dim=1)
             height, width = (skips[-1] if skips else x).shape[2:]
             x = _run(block, joined, emb, context, (height, width))
         return self.out[2](_norm_silu(self.out[0], x))
@@ -222,7 +297,7 @@ def initialize(unet: UNet) -> None:
 
 
 def _run(
-    block: nn.Module, x: Tensor, emb: Tensor, context: Tensor, size: tuple[int, int] | None = None
+    block: nn.Module, x: Tensor, emb: Tensor, context: Context, size: tuple[int, int] | None = None
 ) -> Tensor:
     """``size`` is what the next skip connection has, which an upsampling layer has to meet."""
     for layer in block.children():
@@ -236,6 +311,11 @@ def _run(
             case _:
                 x = layer(x)
     return x
+
+
+def _rows(x: Tensor, count: int) -> Tensor:
+    """Repeat a batch until it has ``count`` rows."""
+    return x if len(x) == count else x.repeat(count // len(x), 1, 1, 1)
 
 
 def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
