@@ -188,7 +188,8 @@ TINY = ModelConfig(
         model_channels=48,
         channel_mult=(1, 2, 3),
         num_res_blocks=1,
-        transformer_depth=(0, 1, 1),
+        # SDXL has none at the top; here the top is 8 latents wide in the first stage, and words hardly got in below
+        transformer_depth=(1, 1, 1),
         transformer_depth_middle=1,
         num_head_channels=16,
         context_dim=160,

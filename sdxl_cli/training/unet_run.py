@@ -144,7 +144,7 @@ def _model(request: UNetRequest, vae: Autoencoder) -> SDXL:
         model = _load(request.init, ("unet", "text"))
     elif request.text_from or config.train_text_encoders:
         model = SDXL(named(config.model), ("unet", "text"))
-        unet.initialize(model.unet)
+        unet.initialize(model.unet, model.config.big_g.embed_dim)
         for embedder in model.conditioner.embedders:
             text.initialize(embedder)
     else:
