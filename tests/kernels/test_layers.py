@@ -6,10 +6,16 @@ import math
 
 import pytest
 import torch
-from sdxl_kernels.convolution import downsample_conv, downsample_conv_asymmetric, upsample_conv
+from sdxl_kernels.convolution import (
+    downsample_conv,
+    downsample_conv_asymmetric,
+    upsample_conv,
+    upsample_conv_subpixel,
+)
 from sdxl_kernels.feedforward import geglu
 from sdxl_kernels.normalization import group_norm, group_norm_silu
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 F64 = torch.float64
 
@@ -132,6 +138,7 @@ CHECKS = {
     "group_norm": (lambda x, w, b: group_norm(x, 2, w, b, 1e-5), [(1, 4, 2, 2), (4,), (4,)]),
     "group_norm_silu": (lambda x, w, b: group_norm_silu(x, 2, w, b, 1e-5), [(1, 4, 2, 2), (4,), (4,)]),
     "upsample_conv": (upsample_conv, [(1, 2, 2, 2), (2, 2, 3, 3), (2,)]),
+    "upsample_conv_subpixel": (upsample_conv_subpixel, [(1, 2, 2, 2), (2, 2, 3, 3), (2,)]),
     "downsample_conv": (downsample_conv, [(1, 2, 3, 4), (2, 2, 3, 3), (2,)]),
     "downsample_conv_asymmetric": (downsample_conv_asymmetric, [(1, 2, 4, 4), (2, 2, 3, 3), (2,)]),
 }
@@ -159,3 +166,23 @@ def test_gradients_when_only_a_part_is_trained(trainable: str) -> None:
     assert ours is not None
     assert theirs is not None
     assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (5, 3)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_subpixel_doubling_is_doubling_then_a_convolution(
+    size: tuple[int, int], layout: torch.memory_format
+) -> None:
+    x, weight, bias = randn(2, 3, *size).contiguous(memory_format=layout), randn(5, 3, 3, 3), randn(5)
+    doubled = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+    expected = torch.nn.functional.conv2d(doubled, weight, bias, padding=1)
+    made = upsample_conv_subpixel(x, weight, bias)
+    assert torch.allclose(made, expected, atol=1e-12)
+    assert made.is_contiguous(memory_format=layout)
+
+
+def test_subpixel_doubling_does_four_ninths_of_the_work() -> None:
+    x, weight = randn(1, 8, 63, 63), randn(8, 8, 3, 3)
+    with FlopCounterMode(display=False) as counter:
+        upsample_conv_subpixel(x, weight, None)
+    assert counter.get_total_flops() == 2 * 8 * 8 * 4 * 4 * 64 * 64  # one row and column more than there are

@@ -240,7 +240,7 @@ def test_skips_are_joined_after_what_comes_from_below(case: Case, monkeypatch: p
 def test_a_new_network_begins_by_predicting_zero() -> None:
     """As the original does: every residual branch, and the output, starts at zero."""
     network = ours.UNet(BASE.unet)
-    ours.initialize(network)
+    ours.initialize(network, BASE.big_g.embed_dim)
     x = torch.randn(1, 4, 8, 8)
     context, vector = torch.randn(1, 3, BASE.unet.context_dim), torch.randn(1, BASE.unet.adm_in_channels)
     with torch.no_grad():

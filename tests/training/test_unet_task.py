@@ -216,7 +216,7 @@ def test_a_small_network_learns_a_batch_by_heart(tmp_path: Path) -> None:
     """It begins at zero, so at the variance of the noise; knowing the latents, it can tell the noise."""
     torch.manual_seed(0)
     model = SDXL(SMALL, ("unet", "text"))
-    initialize(model.unet)
+    initialize(model.unet, SMALL.big_g.embed_dim)
     model.conditioner.requires_grad_(False)
     config = unet_config(
         train_text_encoders=False,
