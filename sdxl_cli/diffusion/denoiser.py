@@ -11,7 +11,10 @@ from sdxl_cli.diffusion.formulation import Prediction
 from sdxl_cli.diffusion.schedule import NoiseSchedule
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(scaled latents [B, C, h, w], indices [B], crossattn [B, T, ctx], vector [B, adm]) -> prediction."""
+"""(scaled latents [B, C, h, w], indices [k·B], crossattn [k·B, T, ctx], vector [k·B, adm]) -> prediction [k·B, C, h, w].
+
+With k = 2, both sides of guidance read the same latents: all of them under the first conditions, then under the next.
+"""
 
 
 def input_scale(sigma: Tensor) -> Tensor:
@@ -61,9 +64,9 @@ class Denoiser:
         return self.denoised(self.predict(x, sigma, crossattn, vector), x, sigma)
 
     def predict(self, x: Tensor, sigma: float, crossattn: Tensor, vector: Tensor) -> Tensor:
-        """What the network says, fp32 [B, C, h, w]; arguments as above."""
+        """What the network says, fp32 [k·B, C, h, w]; arguments as above, or conditions of k·B rows."""
         index = self.schedule.index_of(sigma)
-        indices = torch.full((len(x),), index, dtype=torch.long, device=x.device)
+        indices = torch.full((len(vector),), index, dtype=torch.long, device=x.device)
         scaled = (x * input_scale(self.schedule.sigmas[index])).to(crossattn.dtype)
         return self.network(scaled, indices, crossattn, vector).to(x.dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -68,6 +68,16 @@ class Guided:
     """Conditioning vectors, each [B, adm]."""
     guidance: Guidance
     emphasis: Emphasis | None = None
+    _texts: Tensor = field(init=False, repr=False)
+    _vectors: Tensor = field(init=False, repr=False)
+    _early_vectors: Tensor | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # the very same tensors at every step: a network may remember what it made of them
+        early = None if self.emphasis is None else torch.cat(self.emphasis.vector)
+        object.__setattr__(self, "_texts", torch.cat(self.crossattn))
+        object.__setattr__(self, "_vectors", torch.cat(self.vector))
+        object.__setattr__(self, "_early_vectors", early)
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """The denoised latents, from output_neg + scale · (output_pos - output_neg).
@@ -80,13 +90,14 @@ class Guided:
             x: noisy latents [B, C, h, w].
             sigma: noise level.
         """
-        vector = self.vector
+        vector, vectors = self.vector, self._vectors
         if self.emphasis is not None and sigma > self.emphasis.above:
-            vector = self.emphasis.vector
+            assert self._early_vectors is not None
+            vector, vectors = self.emphasis.vector, self._early_vectors
         scale = self.guidance.scale_at(sigma)
         if scale == 1.0:
             return self.denoiser(x, sigma, self.crossattn[1], vector[1])
-        both = self.denoiser.predict(torch.cat([x, x]), sigma, torch.cat(self.crossattn), torch.cat(vector))
+        both = self.denoiser.predict(x, sigma, self._texts, vectors)
         negative, positive = both.chunk(2)
         output = negative + scale * (positive - negative)
         if self.guidance.rescale:

@@ -12,6 +12,7 @@ from sdxl_cli.diffusion.guidance import Emphasis, Guided
 from sdxl_cli.generation.checks import require_finite
 from sdxl_cli.generation.guidance_texts import parse_emphasis
 from sdxl_cli.generation.guiding import settle
+from sdxl_cli.generation.remember import Remembering
 from sdxl_cli.generation.request import Framing, SamplingRequest
 from sdxl_cli.generation.text_features import encode_text, of_one_length, require_readable
 from sdxl_cli.generation.weights import Weights
@@ -108,15 +109,13 @@ def _scaled(micro: MicroConditioning, factor: float) -> MicroConditioning:
 
 def _network(weights: Weights, seen: Tensor | None) -> Network:
     """The U-Net as the denoiser calls it: with latents alone."""
-    unet = weights.unet()
+    unet = Remembering(weights.unet())
     if seen is None or weights.config.unet.in_channels == weights.config.vae.z_channels:
         return unet
     beside = seen
 
     def inpainting(x: Tensor, indices: Tensor, crossattn: Tensor, vector: Tensor) -> Tensor:
-        # guidance asks for several sides of the same pictures at once
-        rest = beside.to(x).repeat(len(x) // len(beside), 1, 1, 1)
-        return unet(torch.cat([x, rest], dim=1), indices, crossattn, vector)
+        return unet(torch.cat([x, beside.to(x)], dim=1), indices, crossattn, vector)
 
     return inpainting
 
