@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +32,15 @@ def on_ray(look: Look, items: Sequence[Item]) -> Iterator[list[Row]]:
         ignore_reinit_error=True, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
-    tasks = [{"number": n, "items": list(chunk)} for n, chunk in enumerate(chunks(items, CHUNK))]
+    # as bytes: Arrow has no type for items
+    tasks = [
+        {"number": n, "items": pickle.dumps(list(chunk))} for n, chunk in enumerate(chunks(items, CHUNK))
+    ]
 
     def work(task: dict[str, Any]) -> dict[str, Any]:
         import pyarrow as pa
 
-        table = to_table(look(task["items"]))
+        table = to_table(look(pickle.loads(task["items"])))
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)

@@ -59,11 +59,11 @@ def test_processes_give_the_manifest_that_one_gives(many: Path) -> None:
     assert make_manifest(many, CONFIG, workers=2) == make_manifest(many, CONFIG)
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_ray_gives_the_manifest_that_one_gives(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else it leaves a token in the home folder
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 30)
     try:
         assert make_manifest(many, CONFIG, engine="ray") == make_manifest(many, CONFIG)
     finally:
