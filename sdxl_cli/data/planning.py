@@ -72,9 +72,9 @@ def _fate(row: Row, table: BucketTable, config: DatasetConfig, seen: set[str]) -
         return "no_caption", ""
     if min(row.stored_size) < config.min_side:
         return "too_small", size
-    if config.max_aspect_error is not None:
-        if table.aspect_error(row.stored_size) > math.log(config.max_aspect_error) + 1e-9:
-            return "too_narrow", size
+    limit = config.max_aspect_error
+    if limit is not None and table.aspect_error(row.stored_size) > math.log(limit) + 1e-9:
+        return "too_narrow", size
     bucket = choose(row.stored_size, table, config)
     if bucket is None:
         return "too_small", f"{size}, no bucket in steps of {config.step}"
