@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from sdxl_cli.checkpoint.lora_family import lora_family
+from sdxl_cli.checkpoint.lora_keys import group_layers
 from sdxl_cli.errors import FileError
 from sdxl_cli.model.config import BASE, PREFIXES, REFINER, ModelConfig
 
@@ -42,7 +44,12 @@ _LORA_MARKS = (
     ".lora.",
     ".hada_w1_a",
     ".lokr_w1",
+    ".lokr_w2",
     ".diff_b",
+    ".w_norm",
+    ".oft_blocks",
+    ".on_input",
+    ".a1.weight",
 )
 
 
@@ -191,9 +198,11 @@ def _full_model(shapes: Shapes, metadata: Mapping[str, str]) -> Identity | None:
 
 def _adapter(shapes: Shapes, metadata: Mapping[str, str]) -> Identity | None:
     if any(mark in name for name in shapes for mark in _LORA_MARKS):
-        ranks = [shape[0] for name, shape in shapes.items() if ".lora_down." in name or ".lora_A." in name]
+        layers, _ = group_layers(shapes)
+        family = lora_family(layers, shapes, metadata).label or "unknown architecture"
+        ranks = [shapes[layer.keys["down"]][0] for layer in layers if "down" in layer.keys]
         rank = f", rank {max(set(ranks), key=ranks.count)}" if ranks else ""
-        return Identity(kind="adapter", label=f"a LoRA ({_lora_family(shapes)}{rank})")
+        return Identity(kind="adapter", label=f"a LoRA ({family}{rank})")
     if any(
         name.startswith(("control_model.", "controlnet_")) or "input_hint_block" in name for name in shapes
     ):
@@ -203,17 +212,6 @@ def _adapter(shapes: Shapes, metadata: Mapping[str, str]) -> Identity | None:
     if {"clip_l", "clip_g"} & shapes.keys() or "emb_params" in shapes:
         return Identity(kind="adapter", label="a textual inversion embedding")
     return None
-
-
-def _lora_family(shapes: Shapes) -> str:
-    """By the width of the text features that the cross-attention keys read."""
-    inputs = {
-        max(shape)
-        for name, shape in shapes.items()
-        if "attn2" in name and "to_k" in name and (".lora_down." in name or ".lora_A." in name)
-    }
-    families = {2048: "SDXL", 1280: "SDXL refiner", 1024: "SD 2", 768: "SD 1"}
-    return next((family for width, family in families.items() if width in inputs), "unknown architecture")
 
 
 def _other_checkpoint(shapes: Shapes, metadata: Mapping[str, str]) -> Identity | None:

@@ -222,7 +222,7 @@ class LoraMerge:
             for edit in one.fitted.edits.get(name, ()) if scale else ():
                 parts = _read(one.fitted.lora, edit.layer, result.device)
                 view = edit.slot.view(result)
-                view += edit.change(parts, edit.numbers, view.clone(), scale)
+                view += edit.change(parts, edit.numbers, view, scale)
         return result
 
 

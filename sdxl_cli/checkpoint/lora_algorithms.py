@@ -75,17 +75,20 @@ def _as(change: Tensor, weight: Tensor) -> Tensor:
     return change.reshape(weight.shape)
 
 
-def _additive(product: Callable[[Parts], Tensor], rank_from: tuple[str, ...]) -> Change:
-    """Changes of the form alpha/rank · product, with DoRA's magnitude where there is one."""
+def _additive(product: Callable[[Parts, float], Tensor], rank_from: tuple[str, ...]) -> Change:
+    """Changes of the form alpha/rank · product, with DoRA's magnitude where there is one.
+
+    ``product`` gets the factor along, to put it on its smallest tensor.
+    """
 
     def change(parts: Parts, numbers: Numbers, weight: Tensor, strength: float) -> Tensor:
         scale = numbers.get("scalar", 1.0)
         if "alpha" in numbers and (rank := rank_of(parts, rank_from)):
             scale *= numbers["alpha"] / rank
-        delta = _as(product(parts), weight) * scale
         if parts.keys() & _MAGNITUDES:
-            delta = _with_magnitude(weight + delta, parts) - weight
-        return delta * strength
+            merged = weight + _as(product(parts, scale), weight)
+            return (_with_magnitude(merged, parts) - weight) * strength
+        return _as(product(parts, scale * strength), weight)
 
     return change
 
@@ -110,27 +113,27 @@ def _with_magnitude(weight: Tensor, parts: Parts) -> Tensor:
     return weight * (stored.reshape(norm.shape) / norm)
 
 
-def _low_rank(parts: Parts) -> Tensor:
+def _low_rank(parts: Parts, factor: float) -> Tensor:
     """up · down, or for a convolution in Tucker form up · mid · down."""
-    up, down = parts["up"].flatten(1), parts["down"]
+    up, down = parts["up"].flatten(1) * factor, parts["down"]
     if "mid" in parts:
         return torch.einsum("m n ..., o m, n i -> o i ...", parts["mid"], up, down.flatten(1))
     return (up @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
-def _hadamard(parts: Parts) -> Tensor:
+def _hadamard(parts: Parts, factor: float) -> Tensor:
     """LoHa: the element-wise product of two low-rank matrices."""
-    return _hadamard_half(parts, 1) * _hadamard_half(parts, 2)
+    return _hadamard_half(parts, 1, factor) * _hadamard_half(parts, 2, 1.0)
 
 
-def _hadamard_half(parts: Parts, half: int) -> Tensor:
-    a, b = parts[f"hada_w{half}_a"], parts[f"hada_w{half}_b"]
+def _hadamard_half(parts: Parts, half: int, factor: float) -> Tensor:
+    a, b = parts[f"hada_w{half}_a"] * factor, parts[f"hada_w{half}_b"]
     if f"hada_t{half}" in parts:
         return torch.einsum("m n ..., m o, n i -> o i ...", parts[f"hada_t{half}"], a, b)
     return a @ b.flatten(1)
 
 
-def _kronecker(parts: Parts) -> Tensor:
+def _kronecker(parts: Parts, factor: float) -> Tensor:
     """LoKr: the Kronecker product of two matrices, each in full or in low rank."""
     first = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
     if "lokr_w2" in parts:
@@ -143,7 +146,7 @@ def _kronecker(parts: Parts) -> Tensor:
         second = (parts["lokr_w2_a"] @ parts["lokr_w2_b"].flatten(1)).reshape(
             -1, *parts["lokr_w2_b"].shape[1:]
         )
-    first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
+    first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)) * factor
     return torch.kron(first, second.contiguous())
 
 

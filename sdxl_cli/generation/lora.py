@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from sdxl_cli.errors import FileError, UsageError
 
 if TYPE_CHECKING:
-    from sdxl_cli.checkpoint.lora import WornLora
+    from sdxl_cli.checkpoint.lora import Lora, WornLora
     from sdxl_cli.generation.weights import FileWeights
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -135,17 +135,21 @@ class _Reporter(Protocol):
     def warn(self, text: str) -> None: ...
 
 
-class _Asking(Protocol):
+class Asking(Protocol):
     """The part of a request that is about LoRAs."""
 
     @property
-    def lora(self) -> tuple[str, ...]: ...
+    def lora(self) -> tuple[str, ...]:
+        """Each ``FILE[:SCALE[:TEXT_SCALE]]``."""
+        ...
 
     @property
-    def lora_dir(self) -> str: ...
+    def lora_dir(self) -> str:
+        """Folder of LoRAs asked for by name."""
+        ...
 
 
-def wear_loras(weights: Sequence[FileWeights], request: _Asking, report: _Reporter) -> None:
+def wear_loras(weights: Sequence[FileWeights], request: Asking, report: _Reporter) -> None:
     """Put the LoRAs of a request on the models it runs on; what they wore before is taken off.
 
     Each goes to the first model it was made for. Only tables of contents are read; the weights change when they are
@@ -160,23 +164,32 @@ def wear_loras(weights: Sequence[FileWeights], request: _Asking, report: _Report
         FileError: a file is missing or damaged, no LoRA, or for another architecture.
     """
     worn: list[list[WornLora]] = [[] for _ in weights]
-    for text in request.lora:
-        use = LoraUse.parse(text)
-        index, one = _fitted(use, weights, Path(request.lora_dir).expanduser())
+    for use, lora in open_loras(request):
+        index, one = _fitted(use, lora, weights)
         worn[index].append(one)
-        if len(weights) == 1 or index == 0:
-            _report(one, weights[index].files.name, report, "")
-        else:
-            _report(one, weights[index].files.name, report, " of the refiner")
+        _report(one, weights[index].files.name, report, " of the refiner" if index else "")
     for model, loras in zip(weights, worn, strict=True):
         model.wear(loras)
 
 
-def _fitted(use: LoraUse, weights: Sequence[FileWeights], folder: Path) -> tuple[int, WornLora]:
-    """The first model the LoRA fits; the error of the first when it fits none."""
-    from sdxl_cli.checkpoint.lora import Lora, WornLora, fit
+def open_loras(request: Asking) -> list[tuple[LoraUse, Lora]]:
+    """Find the LoRAs of a request: their names, metadata and tables of contents, in order.
 
-    lora = Lora(find_lora(use.file, folder))
+    Raises:
+        FileError: a file is missing or damaged, or no LoRA.
+        UsageError: a flag is malformed.
+    """
+    from sdxl_cli.checkpoint.lora import Lora
+
+    uses = [LoraUse.parse(text) for text in request.lora]
+    folder = Path(request.lora_dir).expanduser()
+    return [(use, Lora(find_lora(use.file, folder))) for use in uses]
+
+
+def _fitted(use: LoraUse, lora: Lora, weights: Sequence[FileWeights]) -> tuple[int, WornLora]:
+    """The first model the LoRA fits; the error of the first when it fits none."""
+    from sdxl_cli.checkpoint.lora import WornLora, fit
+
     errors = []
     for index, model in enumerate(weights):
         try:

@@ -97,8 +97,12 @@ def fitted(path: Path, model: SDXL) -> FittedLora:
 
 def merged(model: SDXL, *loras: tuple[Path, float] | tuple[Path, float, float]) -> SDXL:
     """Our model with LoRAs merged into its weights: path, scale, scale of the text encoders."""
-    worn = [WornLora(fitted(path, model), scales[0], scales[-1]) for path, *scales in loras]
-    merge = LoraMerge(worn)
+    return worn(model, *(WornLora(fitted(path, model), scales[0], scales[-1]) for path, *scales in loras))
+
+
+def worn(model: SDXL, *loras: WornLora) -> SDXL:
+    """Our model with fitted LoRAs merged into its weights."""
+    merge = LoraMerge(loras)
     state = {
         name: merge(name, tensor) if merge.changes(name) else tensor
         for name, tensor in model.state_dict().items()

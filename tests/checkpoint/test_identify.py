@@ -54,7 +54,11 @@ def test_the_published_files_are_recognised(
         ({f"{UNET}joint_blocks.0.x": (1,)}, "other", "Stable Diffusion 3"),
         ({"double_blocks.0.img_attn.x": (1,)}, "other", "Flux"),
         ({f"lora_unet_{ATTN2}.lora_down.weight": (32, 2048)}, "adapter", r"LoRA \(SDXL, rank 32\)"),
-        ({f"lora_unet_{ATTN2}.lora_down.weight": (8, 768)}, "adapter", r"LoRA \(SD 1, rank 8\)"),
+        (
+            {f"lora_unet_{ATTN2}.lora_down.weight": (8, 768)},
+            "adapter",
+            r"LoRA \(Stable Diffusion 1, rank 8\)",
+        ),
         ({"unet.down_blocks.1.attn2.to_k.lora_A.weight": (4, 2048)}, "adapter", r"LoRA \(SDXL, rank 4\)"),
         ({"controlnet_cond_embedding.conv_in.bias": (16,), "conv_in.bias": (320,)}, "adapter", "ControlNet"),
         ({"clip_l": (4, 768), "clip_g": (4, 1280)}, "adapter", "textual inversion"),

@@ -107,7 +107,7 @@ def assert_same(theirs: Theirs, model: SDXL, *loras: Any) -> None:
         assert relative(ours, before) > VISIBLE
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["patterns", "rank-stabilised", "DoRA"])
 def test_a_file_of_the_pipeline(name: str, model: SDXL, tmp_path: Path) -> None:
     theirs = adapted(Theirs(model), CONFIGS[name])
     path = saved(theirs, tmp_path / "lora", metadata=True)
