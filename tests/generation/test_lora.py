@@ -19,7 +19,7 @@ from sdxl_cli.errors import FileError, UsageError
 from sdxl_cli.generation.lora import LoraUse, find_lora, take_tags
 from sdxl_cli.generation.picture import read_pixels, read_texts
 from sdxl_cli.generation.request import GenerateRequest
-from tests.generation.conftest import BASE
+from tests.generation.conftest import BASE, REFINER
 
 
 class Result(NamedTuple):
@@ -33,6 +33,7 @@ class Result(NamedTuple):
 
 
 Generate = Callable[..., Result]
+CONTEXT, DEEPEST = BASE.unet.context_dim, BASE.unet.model_channels * BASE.unet.channel_mult[-1]
 UNET, TEXT = "middle_block.1.transformer_blocks.0.attn2.to_v", "encoder.layers.1.mlp.fc1"
 
 
@@ -58,8 +59,10 @@ def layer_of(name: str, inputs: int, outputs: int, seed: int) -> dict[str, torch
 @pytest.fixture
 def lora() -> Path:
     """Changes one layer of the U-Net and one of CLIP-L."""
-    tensors = layer_of("lora_unet_" + UNET.replace(".", "_"), 160, 160, 1)
-    tensors |= layer_of("lora_te1_text_model_" + TEXT.replace(".", "_"), 64, 256, 2)
+    assert BASE.clip_l
+    width = BASE.clip_l.width
+    tensors = layer_of("lora_unet_" + UNET.replace(".", "_"), CONTEXT, DEEPEST, 1)
+    tensors |= layer_of("lora_te1_text_model_" + TEXT.replace(".", "_"), width, 4 * width, 2)
     path = Path("loras/deep/style.safetensors")
     path.parent.mkdir(parents=True)
     save_file(tensors, path)
@@ -129,7 +132,9 @@ def test_the_picture_remembers_its_loras_and_is_made_again(generate: Generate, l
 
 def test_a_refiner_lora_goes_to_the_refiner(generate: Generate, models: dict[str, Path]) -> None:
     layer = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_v"
-    save_file(layer_of(layer, 96, 128, 3), "fine.safetensors")
+    unet = REFINER.unet
+    tensors = layer_of(layer, unet.context_dim, unet.model_channels * unet.channel_mult[-1], 3)
+    save_file(tensors, "fine.safetensors")
     asked = ("a red guitar", "--refiner", models["refiner"], "--refiner-switch-at", 0.5, "--steps", 4)
     result = generate(*asked, "--lora", "fine.safetensors")
     assert "lora fine: 1 of 1 layers of the refiner matched, rank 4, scale 1\n" in result.err
@@ -137,7 +142,7 @@ def test_a_refiner_lora_goes_to_the_refiner(generate: Generate, models: dict[str
     assert json.loads(read_texts(result.path).record)["loras"][0]["model"] == "refiner"
     alone = generate("a red guitar", "--lora", "fine.safetensors")
     assert alone.code == 3
-    assert "fine.safetensors is a LoRA for a model with text features 96 wide" in alone.err
+    assert f"is a LoRA for a model with text features {unet.context_dim} wide" in alone.err
 
 
 def test_what_does_not_fit_is_a_warning(generate: Generate, lora: Path) -> None:
