@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -183,3 +185,16 @@ def test_every_sampler_can_be_chosen_without_a_scheduler() -> None:
     for sampler in SAMPLERS.values():
         assert sampler.grid in GRIDS
         assert all(field.metadata["text"] for field in sampler_options(sampler).values())
+
+
+def test_the_page_has_a_measured_row_for_each() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "samplers.md").read_text(encoding="utf-8")
+    for name, sampler in SAMPLERS.items():
+        assert f"| `{name}` | {sampler.label} | " in page, (
+            f"{name}: run python -m tools.sampler_table --write"
+        )
+    for name in GRIDS:
+        label = schedule_label(name)
+        assert re.search(
+            rf"^\| `{name}` \| {re.escape(label) if label != name else ''} ?\| ", page, re.MULTILINE
+        )

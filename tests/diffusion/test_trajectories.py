@@ -67,8 +67,7 @@ class World:
         return negative + SCALE * (positive - negative)
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
+def make_world() -> World:
     network = UNet(SMALL.unet)
     randomize(network)
     torch.manual_seed(4)
@@ -80,6 +79,11 @@ def world() -> World:
         pooled=(torch.randn(2, pooled), torch.randn(2, pooled)),
         noise=torch.randn(2, 4, 8, 5),
     )
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
 
 
 def their_scheduler(sampler: str, prediction: Prediction, sigmas: Tensor) -> Any:
