@@ -8,9 +8,10 @@ import pytest
 
 from sdxl_cli.errors import UsageError
 from sdxl_cli.generation.batchfile import Line
-from sdxl_cli.generation.jobs import expand
+from sdxl_cli.generation.jobs import LIGHT_FIELDS, expand
 from sdxl_cli.generation.request import RANDOM_SEED, GenerateRequest
 from sdxl_cli.generation.sweep import combinations, parse_sweep, parse_sweeps
+from sdxl_cli.generation.values import hints
 
 BASE = GenerateRequest(prompt="a red cat", negative_prompt="red dogs", seed=5)
 
@@ -66,6 +67,16 @@ def test_a_random_seed_is_drawn_once_for_a_sweep_and_once_per_line() -> None:
         (line, str(line + 1), steps) for line in (0, 1) for steps in (1, 2, 3, 4)
     ]
     assert len({job.request.seed for job in jobs}) == 2
+
+
+def test_fields_that_need_other_weights_are_few() -> None:
+    """A new field of the request belongs in one of the two lists; unlisted, its sweep loads the model every time."""
+    heavy = {
+        "model", "vae", "refiner", "lora", "lora_dir", "prediction", "zero_terminal_snr", "device", "dtype",
+        "vae_dtype",
+    }  # fmt: skip
+    assert set(hints(GenerateRequest)) == heavy | LIGHT_FIELDS
+    assert not heavy & LIGHT_FIELDS
 
 
 @pytest.mark.parametrize(
