@@ -106,18 +106,18 @@ def _sampler(found: Foreign, pairs: dict[str, str]) -> None:
     if name is None:
         return
     choice = found.put_sampler(name, f"Sampler: {name}")
-    if choice is None:
-        return
-    if schedule is None:
+    if schedule is not None and not is_auto(schedule):
+        found.put_scheduler(schedule, f"Schedule type: {schedule}")
+    elif choice is None:
+        return  # what belongs to an unknown sampler is unknown too, and the sampler is a remark already
+    elif schedule is None:
         found.put_scheduler(str(choice.grid or "normal"), f"Sampler: {name}")
-    elif is_auto(schedule):
+    else:
         # A1111 names one for those that have a k-diffusion scheduler of their own, as here
         usual = choice.sampler.grid
         found.put_scheduler(
             usual if usual in ("karras", "exponential") else "normal", "Schedule type: Automatic"
         )
-    else:
-        found.put_scheduler(schedule, f"Schedule type: {schedule}")
 
 
 def _hashes(found: Foreign, pairs: dict[str, str]) -> None:

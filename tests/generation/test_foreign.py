@@ -310,7 +310,10 @@ def test_comfyui_graphs_in_png_and_webp(tmp_path: Path) -> None:
 def test_from_a_picture_of_a1111(
     models: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    text = "a red guitar\nSteps: 2, Sampler: Euler a lot, CFG scale: 3, Seed: 4, Size: 72x64, NGMS: 2, Model: base"
+    text = (
+        "a red guitar\nSteps: 2, Sampler: Euler a lot, Schedule type: Exponential, CFG scale: 3, Seed: 4, Size: 72x64, "
+        "NGMS: 2, Model: base"
+    )
     picture = save_png(tmp_path / "theirs.png", parameters=text)
     args = ["generate", "--from", str(picture), "--sampler", "euler"]
     assert cli.run(args) == 2
@@ -325,4 +328,4 @@ def test_from_a_picture_of_a1111(
     request = stored.request
     assert isinstance(request, GenerateRequest)
     assert (request.prompt, request.steps, request.cfg_scale, request.seed) == ("a red guitar", 2, 3.0, 4)
-    assert (request.size, request.sampler, request.scheduler) == ("72x64", "euler", "normal")
+    assert (request.size, request.sampler, request.scheduler) == ("72x64", "euler", "exponential")
