@@ -11,7 +11,7 @@ from sdxl_cli.diffusion.formulation import Prediction
 from sdxl_cli.diffusion.schedule import NoiseSchedule
 
 Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(scaled latents [B, C, h, w], indices [k·B], crossattn [k·B, T, ctx], vector [k·B, adm]) -> prediction [k·B, C, h, w].
+"""(scaled latents [B, C, h, w], indices [k·B], crossattn [k·B, T, ctx], vector [k·B, adm]) -> [k·B, C, h, w].
 
 With k = 2, both sides of guidance read the same latents: all of them under the first conditions, then under the next.
 """

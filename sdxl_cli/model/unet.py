@@ -284,7 +284,7 @@ class UNet(nn.Module):
 
 
 SILU_GAIN = 1.68
-"""1 / sqrt(E[silu(x)²]) for standard normal x: a layer behind a SiLU keeps its variance with weights this much larger."""
+"""1 / sqrt(E[silu(x)²]) for standard normal x: weights this much larger keep a layer's variance behind a SiLU."""
 
 
 @torch.no_grad()
