@@ -8,27 +8,58 @@ from typing import Annotated
 import typer
 
 from sdxl_cli import console as consoles
+from sdxl_cli.commands import generate
 from sdxl_cli.commands._options import Config, Json, Quiet, Set
+from sdxl_cli.commands._training import (
+    WATCH,
+    Accumulate,
+    BatchSize,
+    Device,
+    DryRun,
+    Dtype,
+    EmaDecay,
+    EmaDevice,
+    LearningRate,
+    LogEvery,
+    LrScheduler,
+    MaxGradNorm,
+    MaxSteps,
+    OptimizerChoice,
+    Output,
+    PresetName,
+    Resume,
+    SaveEvery,
+    Seed,
+    WarmupSteps,
+    loop_keys,
+)
+from sdxl_cli.commands._working import aliases, read_prompts
 
 PANEL = "Train"
+OBJECTIVE = "Objective"
+OWN_KEYS = (
+    "prediction",
+    "zero_terminal_snr",
+    "noise_offset",
+    "min_snr_gamma",
+    "timestep_min",
+    "timestep_max",
+    "text_dropout",
+    "allow_missing_captions",
+    "sample_every",
+    "validate_every",
+    "save_model_every",
+)
+"""Parameters that are keys of the configuration, too."""
 
 
 def command(
     data: Annotated[
-        Path,
-        typer.Option(
-            "--data", "-d", help="Manifest that bucket-dataset wrote.", metavar="FILE", show_default=False
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", help="Folder for the result, the state and the metrics.", metavar="DIR"
-        ),
-    ] = Path("runs/unet"),
-    preset: Annotated[
-        str, typer.Option("--preset", help="A shipped preset or a TOML file.", metavar="NAME")
-    ] = "unet-tiny",
+        Path | None,
+        typer.Option("--data", "-d", help="Manifest that bucket-dataset wrote.", metavar="FILE"),
+    ] = None,
+    output: Output = Path("runs/unet"),
+    preset: PresetName = "unet-tiny",
     init: Annotated[
         str | None, typer.Option("--init", "--model", "-m", help="Model to start from.", metavar="FILE")
     ] = None,
@@ -45,24 +76,136 @@ def command(
             "--cache", help="Folder of encoded pictures.", metavar="DIR", show_default="in --output"
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
-    max_steps: Annotated[
-        int | None, typer.Option("--max-steps", "--max-train-steps", help="Steps in all.", metavar="N")
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    sample_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--sample-prompts",
+            help="Prompts of pictures to make during training, one a line as for generate --prompts-file.",
+            metavar="FILE",
+            rich_help_panel=WATCH,
+        ),
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "--train-batch-size", help="Pictures per step.", metavar="N")
+    sample_every: Annotated[
+        int | None,
+        typer.Option(
+            "--sample-every",
+            "--sample-every-n-steps",
+            help="Steps between them.",
+            metavar="N",
+            rich_help_panel=WATCH,
+        ),
     ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Peak learning rate of AdamW.", metavar="X")
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            "--validation",
+            help="Manifest of held-out pictures, whose loss is measured on fixed noise.",
+            metavar="FILE",
+            rich_help_panel=WATCH,
+        ),
+    ] = None,
+    validate_every: Annotated[
+        int | None,
+        typer.Option(
+            "--validate-every", help="Steps between measurements.", metavar="N", rich_help_panel=WATCH
+        ),
+    ] = None,
+    save_model_every: Annotated[
+        int | None,
+        typer.Option(
+            "--save-model-every",
+            "--save-every-n-steps",
+            help="Steps between model files that are kept.",
+            metavar="N",
+            rich_help_panel=WATCH,
+        ),
+    ] = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
+    optimizer: OptimizerChoice = None,
+    learning_rate: LearningRate = None,
+    lr_scheduler: LrScheduler = None,
+    warmup_steps: WarmupSteps = None,
+    max_grad_norm: MaxGradNorm = None,
+    ema_decay: EmaDecay = None,
+    ema_device: EmaDevice = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    save_every: SaveEvery = None,
+    log_every: LogEvery = None,
+    prediction: Annotated[
+        str | None,
+        typer.Option(
+            help="What the network predicts: eps, v or x0.", metavar="NAME", rich_help_panel=OBJECTIVE
+        ),
+    ] = None,
+    zero_terminal_snr: Annotated[
+        bool | None,
+        typer.Option(
+            "--zero-terminal-snr", help="Train down to pure noise.", metavar="", rich_help_panel=OBJECTIVE
+        ),
     ] = None,
     noise_offset: Annotated[
-        float | None, typer.Option("--noise-offset", help="Offset noise; the paper has 0.05.", metavar="X")
+        float | None,
+        typer.Option(
+            "--noise-offset",
+            help="Offset noise; the paper has 0.05.",
+            metavar="X",
+            rich_help_panel=OBJECTIVE,
+        ),
     ] = None,
     min_snr_gamma: Annotated[
-        float | None, typer.Option("--min-snr-gamma", help="Min-SNR weighting; 0 is off.", metavar="X")
+        float | None,
+        typer.Option(
+            "--min-snr-gamma",
+            "--snr-gamma",
+            help="Min-SNR weighting; 0 is off.",
+            metavar="X",
+            rich_help_panel=OBJECTIVE,
+        ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Decides data order and noise.", metavar="N")
+    timestep_min: Annotated[
+        int | None,
+        typer.Option(
+            "--timestep-min",
+            "--min-timestep",
+            help="First noise level trained, from 0.",
+            metavar="N",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    timestep_max: Annotated[
+        int | None,
+        typer.Option(
+            "--timestep-max",
+            "--max-timestep",
+            help="Last noise level trained, up to 999.",
+            metavar="N",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    text_dropout: Annotated[
+        float | None,
+        typer.Option(
+            "--text-dropout",
+            "--caption-dropout-rate",
+            help="Chance of training without text.",
+            metavar="X",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    allow_missing_captions: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-missing-captions",
+            help="Train on pictures without a caption, too.",
+            metavar="",
+            rich_help_panel=OBJECTIVE,
+        ),
     ] = None,
     config: Config = None,
     sets: Set = None,
@@ -73,19 +216,16 @@ def command(
 
     Ctrl-C finishes the step and saves; the same command with --resume goes on where it stopped.
     """
+    given = dict(locals())
+
     from sdxl_cli import presets
+    from sdxl_cli.generation.request import GenerateRequest
     from sdxl_cli.training.config import UNetTrainConfig
-    from sdxl_cli.training.unet_run import UNetRequest, train_unet
+    from sdxl_cli.training.unet_request import UNetRequest
+    from sdxl_cli.training.unet_run import train_unet, try_unet
 
     console = consoles.configure(quiet=quiet, json=as_json)
-    flags = {
-        "loop.max_steps": max_steps,
-        "loop.batch_size": batch_size,
-        "loop.optimizer.learning_rate": learning_rate,
-        "loop.seed": seed,
-        "noise_offset": noise_offset,
-        "min_snr_gamma": min_snr_gamma,
-    }
+    flags = loop_keys(given) | {name: given[name] for name in OWN_KEYS}
     resolved = presets.layered(UNetTrainConfig, preset=preset, config=config, sets=sets or (), flags=flags)
     request = UNetRequest(
         data=data,
@@ -96,7 +236,14 @@ def command(
         text_from=text_from,
         cache=cache,
         resume=resume,
+        validation=validation,
+        sample_lines=tuple(read_prompts(sample_prompts, aliases(generate.command, GenerateRequest))),
     )
+    if dry_run:
+        measured = try_unet(request)
+        console.print_result(str(measured))
+        console.json(measured)
+        return
     result = train_unet(request)
     console.note(f"{result.steps} steps, loss {result.loss:.4f}")
     console.print_result(str(result.path))

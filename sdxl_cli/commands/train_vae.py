@@ -9,6 +9,28 @@ import typer
 
 from sdxl_cli import console as consoles
 from sdxl_cli.commands._options import Config, Json, Quiet, Set
+from sdxl_cli.commands._training import (
+    Accumulate,
+    BatchSize,
+    Device,
+    DryRun,
+    Dtype,
+    EmaDecay,
+    EmaDevice,
+    LearningRate,
+    LogEvery,
+    LrScheduler,
+    MaxGradNorm,
+    MaxSteps,
+    OptimizerChoice,
+    Output,
+    PresetName,
+    Resume,
+    SaveEvery,
+    Seed,
+    WarmupSteps,
+    loop_keys,
+)
 
 PANEL = "Train"
 
@@ -24,32 +46,31 @@ def command(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", help="Folder for the result, the state and the metrics.", metavar="DIR"
-        ),
-    ] = Path("runs/vae"),
-    preset: Annotated[
-        str, typer.Option("--preset", help="A shipped preset or a TOML file.", metavar="NAME")
-    ] = "vae-tiny",
+    output: Output = Path("runs/vae"),
+    preset: PresetName = "vae-tiny",
     init: Annotated[
         str | None,
         typer.Option(
             "--init", help="Autoencoder to start from; one with fewer levels is grown.", metavar="FILE"
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
-    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Steps in all.", metavar="N")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "--train-batch-size", help="Pictures per step.", metavar="N")
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Peak learning rate of AdamW.", metavar="X")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Decides data order and noise.", metavar="N")
-    ] = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
+    optimizer: OptimizerChoice = None,
+    learning_rate: LearningRate = None,
+    lr_scheduler: LrScheduler = None,
+    warmup_steps: WarmupSteps = None,
+    max_grad_norm: MaxGradNorm = None,
+    ema_decay: EmaDecay = None,
+    ema_device: EmaDevice = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    save_every: SaveEvery = None,
+    log_every: LogEvery = None,
     config: Config = None,
     sets: Set = None,
     quiet: Quiet = False,
@@ -59,19 +80,23 @@ def command(
 
     Ctrl-C finishes the step and saves; the same command with --resume goes on where it stopped.
     """
+    given = dict(locals())
+
     from sdxl_cli import presets
     from sdxl_cli.training.config import VAETrainConfig
-    from sdxl_cli.training.vae_run import VAERequest, train_vae
+    from sdxl_cli.training.vae_run import VAERequest, train_vae, try_vae
 
     console = consoles.configure(quiet=quiet, json=as_json)
-    flags = {
-        "loop.max_steps": max_steps,
-        "loop.batch_size": batch_size,
-        "loop.optimizer.learning_rate": learning_rate,
-        "loop.seed": seed,
-    }
-    resolved = presets.layered(VAETrainConfig, preset=preset, config=config, sets=sets or (), flags=flags)
-    result = train_vae(VAERequest(data=tuple(data), output=output, config=resolved, init=init, resume=resume))
+    resolved = presets.layered(
+        VAETrainConfig, preset=preset, config=config, sets=sets or (), flags=loop_keys(given)
+    )
+    request = VAERequest(data=tuple(data), output=output, config=resolved, init=init, resume=resume)
+    if dry_run:
+        measured = try_vae(request)
+        console.print_result(str(measured))
+        console.json(measured)
+        return
+    result = train_vae(request)
     console.note(f"{result.steps} steps, loss {result.loss:.4f}; latent std {result.latent_std}")
     console.print_result(str(result.path))
     console.json(result)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sdxl_cli.checkpoint.atomic import atomic_write
 from sdxl_cli.console import get as console
 from sdxl_cli.errors import FileError, Interrupted, NumericError
 from sdxl_cli.training.config import LoopConfig
 from sdxl_cli.training.ema import EMA
-from sdxl_cli.training.optimizers import build_adamw, learning_rate
+from sdxl_cli.training.metrics import Log, summed_images
+from sdxl_cli.training.optimizers import build_optimizer
+from sdxl_cli.training.rates import learning_rate
+from sdxl_cli.training.snapshot import numbers, restore, set_numbers, snapshot
 from sdxl_cli.training.state import load_state, save_state
+
+FAILURE_FILE = "not_finite.json"
 
 
 class Task(Protocol):
@@ -31,11 +38,23 @@ class Task(Protocol):
         ...
 
     def step(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """The loss of step ``index``, and numbers for the log.
+        """The loss of batch ``index``, and numbers for the log.
 
         The data and all randomness are functions of ``index`` and the generator, which is seeded by the
-        run's seed and the step: a resumed run needs no replay.
+        run's seed and the index: a resumed run needs no replay.
         """
+        ...
+
+    def describe(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """That batch as JSON values, for who looks into a failure: ``ids`` of pictures, and statistics."""
+        ...
+
+
+class Watcher(Protocol):
+    """Looks on after steps: sample pictures, a validation loss."""
+
+    def after_step(self, run: Run, done: int) -> None:
+        """``done`` steps are over; the run is as it was when this returns."""
         ...
 
 
@@ -51,17 +70,28 @@ class Progress:
 class Run:
     """A task, its optimizer and averages, in a folder."""
 
-    def __init__(self, task: Task, config: LoopConfig, folder: Path, record: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        config: LoopConfig,
+        folder: Path,
+        record: Mapping[str, Any],
+        watchers: Sequence[Watcher] = (),
+    ) -> None:
         """Args:
         task: what is trained.
         config: how long and how.
         folder: for the state and metrics.
         record: kept in the state, to tell what run it was.
+        watchers: are called after every step.
         """
         self.task, self.config, self.folder, self.record = task, config, folder, dict(record)
         self.parameters = {n: p for n, p in task.module.named_parameters() if p.requires_grad}
-        self.optimizer = build_adamw(self.parameters.values(), config.optimizer)
-        self.ema = EMA(self.parameters, config.ema_decay) if config.ema_decay else None
+        self.optimizer = build_optimizer(self.parameters.values(), config.optimizer)
+        self.ema = average_of(self.parameters, config)
+        self.batches = config.batches_per_step()
+        self.log = Log(folder / "metrics.jsonl", config.log_every, config.max_steps)
+        self.watchers = tuple(watchers)
         self.progress = Progress()
 
     def resume(self) -> None:
@@ -73,6 +103,7 @@ class Run:
         tensors, values = load_state(self.folder)
         _require_same(values["record"], self.record)
         restore(tensors, self.parameters, self.optimizer, self.ema)
+        set_numbers(self.optimizer, values.get("optimizer", {}))
         if self.ema:
             self.ema.updates = values["ema_updates"]
         self.progress = Progress(values["step"], values["loss"])
@@ -84,13 +115,16 @@ class Run:
             "step": self.progress.step,
             "loss": self.progress.loss,
             "ema_updates": self.ema.updates if self.ema else 0,
+            "optimizer": numbers(self.optimizer),
             "record": self.record,
         }
         save_state(self.folder, snapshot(self.parameters, self.optimizer, self.ema), values)
 
     def averaged(self) -> dict[str, Tensor]:
         """The trained parameters to ship: the averages, or the weights where nothing is averaged."""
-        return dict(self.ema.shadow) if self.ema else {n: p.detach() for n, p in self.parameters.items()}
+        if self.ema:
+            return self.ema.current(self.parameters)
+        return {name: p.detach() for name, p in self.parameters.items()}
 
     def train(self) -> None:
         """Run to ``max_steps``, saving as it goes.
@@ -102,55 +136,92 @@ class Run:
         done, total = self.progress.step, self.config.max_steps
         with console().bar("training", total=total) as bar, _stop_signals() as stop:
             bar.advance(done)
-            log = _Log(self.folder / "metrics.jsonl", self.config)
             for index in range(done, total):
-                metrics = self._step(index)
-                log.add(index, metrics)
+                metrics = self.advance(index)
+                self.log.add(index, metrics)
                 bar.advance()
                 bar.status(f"loss {self.progress.loss:.4f}")
                 last = index + 1 == total
                 if last or stop.asked or (index + 1) % self.config.save_every == 0:
                     self.save()
+                if last or not stop.asked:
+                    self._watched(index + 1)
                 if stop.asked and not last:
                     raise Interrupted(
                         f"stopped after step {index + 1}; the same command with --resume goes on"
                     )
 
-    def _step(self, index: int) -> dict[str, float]:
+    def _watched(self, done: int) -> None:
+        """Let everybody look; the time it takes is none of the training's."""
+        started = time.perf_counter()
+        for watcher in self.watchers:
+            watcher.after_step(self, done)
+        self.log.since += time.perf_counter() - started
+
+    def advance(self, index: int) -> dict[str, float]:
+        """Train step ``index``, counted from 0; its metrics.
+
+        Raises:
+            NumericError: the loss or the gradient is not finite.
+        """
         config = self.config.optimizer
-        generator = torch.Generator("cpu").manual_seed(self.config.seed * 1_000_003 + index)
-        loss, metrics = self.task.step(index, generator)
-        value = loss.item()
-        if not torch.isfinite(loss):
-            raise NumericError(f"loss is {value} at step {index}: {metrics}; the last saved state is good")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        batches = range(index * self.batches, (index + 1) * self.batches)
+        value, metrics = self._gradients(index, batches)
         limit = config.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         if not torch.isfinite(norm):
-            raise NumericError(f"the gradient is {float(norm)} at step {index}; the last saved state is good")
+            raise self._failure(f"the gradient is {float(norm)}", index, batches)
         rate = learning_rate(config, index, self.config.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         if self.ema:
             self.ema.update(self.parameters)
-        seen = self.progress.loss
-        self.progress = Progress(index + 1, value if seen != seen else 0.98 * seen + 0.02 * value)
+        before = self.progress.loss
+        self.progress = Progress(index + 1, value if before != before else 0.98 * before + 0.02 * value)
         return {"loss": value, "grad_norm": float(norm), "learning_rate": rate, **metrics}
 
+    def _gradients(self, index: int, batches: Sequence[int]) -> tuple[float, dict[str, float]]:
+        """Add up the gradients of a step's batches; their mean loss and merged metrics."""
+        losses, rows = [], []
+        for batch in batches:
+            loss, metrics = self.task.step(batch, self._generator(batch))
+            losses.append(loss.item())
+            rows.append(metrics)
+            if not math.isfinite(losses[-1]):
+                raise self._failure(f"the loss is {losses[-1]}", index, [batch])
+            # a batch's weights make it count by its pictures, short or whole: batches are averaged alike
+            (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+        return sum(losses) / len(losses), summed_images(rows)
 
-def snapshot(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMA | None
-) -> dict[str, Tensor]:
-    """Everything a run has in tensors, under names that say what they are."""
-    tensors = {f"weights.{name}": p.detach() for name, p in parameters.items()}
-    for name, p in parameters.items():
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    if ema:
-        tensors |= {f"ema.{name}": value for name, value in ema.shadow.items()}
-    return tensors
+    def _generator(self, batch: int) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(self.config.seed * 1_000_003 + batch)
+
+    def _failure(self, what: str, index: int, batches: Sequence[int]) -> NumericError:
+        """The error for numbers that are not finite; what was trained on is written beside the state."""
+        path = self.folder / FAILURE_FILE
+        seen = [self.task.describe(batch, self._generator(batch)) for batch in batches]
+        with atomic_write(path) as temporary:
+            said = {"step": index, "what": what, "batches": seen}
+            temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        ids = [name for batch in seen for name in batch["ids"]]
+        return NumericError(
+            f"{what} at step {index}, of {_few(ids)}; {path} has the numbers; the last saved state is good"
+        )
+
+
+def _few(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
+    return ", ".join(ids[:3]) + more
+
+
+def average_of(parameters: Mapping[str, Tensor], config: LoopConfig) -> EMA | None:
+    """The average that the configuration asks for."""
+    if not config.ema_decay:
+        return None
+    device = torch.device("cpu") if config.ema_device == "cpu" else None
+    return EMA(parameters, config.ema_decay, every=config.ema_every, device=device)
 
 
 def _require_same(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -162,64 +233,6 @@ def _require_same(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
             f"the saved state is of another run ({', '.join(different)} changed); "
             "start a new one in another --output folder"
         )
-
-
-@torch.no_grad()
-def restore(
-    tensors: Mapping[str, Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
-) -> None:
-    """Put a snapshot back.
-
-    Raises:
-        FileError: the state does not have these parameters, at these shapes.
-    """
-    saved = {n.removeprefix("weights.") for n in tensors if n.startswith("weights.")}
-    if saved != set(parameters) or any(
-        tensors[f"weights.{n}"].shape != p.shape for n, p in parameters.items()
-    ):
-        raise FileError("the saved state is of another model; start a new run in another --output folder")
-    for name, p in parameters.items():
-        p.copy_(tensors[f"weights.{name}"])
-        prefixed = {key: f"optimizer.{key}.{name}" for key in _OPTIMIZER_STATE}
-        moments = {k: _laid_out_as(p, tensors[n]) for k, n in prefixed.items() if n in tensors}
-        if moments:
-            optimizer.state[p] = moments
-        if ema:
-            ema.shadow[name].copy_(tensors.get(f"ema.{name}", p))
-
-
-_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
-
-
-def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """A copy in the parameter's memory layout: the fused step walks through memory and looks at no strides."""
-    if value.shape != parameter.shape:
-        return value.clone()
-    return torch.empty_like(parameter).copy_(value)
-
-
-class _Log:
-    """metrics.jsonl: a line of means every few steps."""
-
-    def __init__(self, path: Path, config: LoopConfig) -> None:
-        self.path, self.config = path, config
-        self.rows: list[dict[str, float]] = []
-        self.since = time.perf_counter()
-
-    def add(self, index: int, metrics: dict[str, float]) -> None:
-        self.rows.append(metrics)
-        if (index + 1) % self.config.log_every and index + 1 != self.config.max_steps:
-            return
-        seconds = time.perf_counter() - self.since
-        images = sum(row.get("images", 0.0) for row in self.rows)
-        means = {key: sum(r[key] for r in self.rows) / len(self.rows) for key in self.rows[0]}
-        line = {"step": index + 1, "images_per_second": images / seconds, **means}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: float(f"{v:.6g}") for k, v in line.items()}) + "\n")
-        self.rows, self.since = [], time.perf_counter()
 
 
 class _Stop:

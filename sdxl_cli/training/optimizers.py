@@ -1,33 +1,82 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers by name. A new one is one function and its entry in the table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import io
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
+from sdxl_cli.errors import UsageError
 from sdxl_cli.training.config import OptimizerConfig
 
 NO_DECAY_DIMS = 1
 """Biases and norms, which have one dimension, are not decayed."""
 
+Groups = list[dict[str, Any]]
+Build = Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]
 
-def build_adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with torch's fused step."""
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names, for these parameters.
+
+    Raises:
+        UsageError: it needs a package that is not installed, or a device that is not there.
+    """
     trained = list(parameters)
-    groups = [
-        {"params": [p for p in trained if p.ndim > NO_DECAY_DIMS], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= NO_DECAY_DIMS], "weight_decay": 0.0},
-    ]
+    decayed = [p for p in trained if p.ndim > NO_DECAY_DIMS]
+    kept = [p for p in trained if p.ndim <= NO_DECAY_DIMS]
+    both = [(decayed, config.weight_decay), (kept, 0.0)]
+    groups: Groups = [{"params": params, "weight_decay": decay} for params, decay in both if params]
+    return BUILDERS[config.name](groups, config)
+
+
+def _adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
 
 
-def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """The rate of step 0 … max_steps - 1: linear warm-up, constant, linear decay."""
-    rate = config.learning_rate
-    if step < config.warmup_steps:
-        rate *= (step + 1) / config.warmup_steps
-    if config.decay_steps and step >= max_steps - config.decay_steps:
-        rate *= (max_steps - step) / config.decay_steps
-    return rate
+def _adamw8bit(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    if any(p.device.type != "cuda" for group in groups for p in group["params"]):
+        raise UsageError("optimizer adamw8bit runs on CUDA devices only; use adamw, or give --device cuda")
+    package = _package("bitsandbytes", "adamw8bit")
+    return package.optim.AdamW8bit(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+
+
+def _adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=config.learning_rate)
+
+
+def _prodigy(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    package = _package("prodigyopt", "prodigy")
+    # bias correction and a guarded warm-up: the settings its authors give for diffusion models
+    with contextlib.redirect_stdout(io.StringIO()):  # it says on stdout that it decays weights
+        return package.Prodigy(
+            groups,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            use_bias_correction=True,
+            safeguard_warmup=True,
+        )
+
+
+def _package(name: str, extra: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise UsageError(
+            f"optimizer {extra} needs {name}, which is not installed: pip install 'sdxl-cli[{extra}]'"
+        ) from error
+
+
+BUILDERS: dict[str, Build] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "adafactor": _adafactor,
+    "prodigy": _prodigy,
+}

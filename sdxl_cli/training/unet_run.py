@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sdxl_cli.checkpoint.files import ModelFiles
-from sdxl_cli.checkpoint.locate import Role, locate
+from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.read import load_model, load_vae
 from sdxl_cli.checkpoint.write import save_model
 from sdxl_cli.console import get as console
@@ -18,39 +17,34 @@ from sdxl_cli.data.cache import LatentCache, weights_hash
 from sdxl_cli.data.encoding import fill_latents
 from sdxl_cli.data.loader import BatchLoader
 from sdxl_cli.data.manifest import Manifest, read_manifest
-from sdxl_cli.errors import UsageError, unknown
+from sdxl_cli.errors import UsageError
 from sdxl_cli.generation.prompt import PAD_BIG_G, PAD_CLIP_L, Tokenizer
 from sdxl_cli.model import text, unet
-from sdxl_cli.model.config import CONFIGS, ModelConfig, Part
+from sdxl_cli.model.config import Part
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.config import UNetTrainConfig
 from sdxl_cli.training.folder import prepare
-from sdxl_cli.training.loop import Run
+from sdxl_cli.training.loop import Run, Watcher
+from sdxl_cli.training.measuring import LargestBatch, Measured, NoBatches, measure
+from sdxl_cli.training.place import training_device
+from sdxl_cli.training.samples import Samples, Wanted, model_name, sample_plans
+from sdxl_cli.training.unet_request import (
+    UNetRequest,
+    named,
+    require_captions,
+    require_inputs,
+    require_same_prediction,
+    tell_of_missing_scores,
+)
 from sdxl_cli.training.unet_task import UNetTask
+from sdxl_cli.training.validation import Validation
 from sdxl_cli.training.vocabulary import compact, expand
 
 RESULT = "model.safetensors"
+EDM_RANGE = {"edm_vpred.sigma_min": torch.tensor(0.002), "edm_vpred.sigma_max": torch.tensor(120.0)}
+"""Tensors by which ComfyUI knows a continuous v model, and the noise levels it then draws from."""
 SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UNetRequest:
-    """What ``sdxl train-unet`` was asked for."""
-
-    data: Path
-    """A manifest of ``sdxl bucket-dataset``."""
-    output: Path
-    config: UNetTrainConfig
-    init: str | None = None
-    """A model to start from."""
-    vae: str | None = None
-    """The autoencoder, when there is no ``init`` or another one is wanted."""
-    text_from: str | None = None
-    """A model whose text encoders are used, frozen; for a refiner beside a base."""
-    cache: Path | None = None
-    """Folder of cached latents; default: in ``output``."""
-    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +64,77 @@ def train_unet(request: UNetRequest) -> UNetResult:
         NumericError, Interrupted: see :class:`~sdxl_cli.training.loop.Run`.
     """
     config = request.config
-    manifest = read_manifest(request.data)
-    require_captions(manifest)
+    manifest = read_manifest(require_inputs(request))
+    if not config.allow_missing_captions:
+        require_captions(manifest)
+    device = training_device(config.loop)
+    plans = sample_plans(request.sample_lines, config)
     prepare(request.output, config, resume=request.resume)
     torch.manual_seed(config.loop.seed)
-    vae = _vae(request)
-    model = _model(request, vae)
-    ids = _compacted(model, manifest) if _learns_words(request, model) else None
-    model.to(memory_format=torch.channels_last).train()
+    vae = _vae(request).to(device)
+    task, ids = _task(request, vae, manifest, device)
     cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
-    loader = BatchLoader(manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache)
-    task = UNetTask(model, loader, _Tokens(Tokenizer.default(), config.caption_tokens), config)
-    run = Run(task, config.loop, request.output, _record(model, vae, config, ids))
+    task.batches = BatchLoader(manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache)
+    export = Export(task.module, vae, ids, config)
+    watchers = _watchers(request, task, vae, export, plans)
+    if not plans:
+        vae.to("cpu")  # pictures are encoded, and none are made: its room is the U-Net's
+    record = _record(task.module, vae, config, ids)
+    run = Run(task, config.loop, request.output, record, watchers)
     if request.resume:
         run.resume()
     run.train()
     path = request.output / RESULT
-    _export(path, model, run.averaged(), vae, ids, config)
+    export.write(path, run.averaged())
     return UNetResult(path, run.progress.step, run.progress.loss)
+
+
+def try_unet(request: UNetRequest) -> Measured:
+    """What ``--dry-run`` measures: two steps on the largest size, with noise for pictures; nothing is written.
+
+    Raises:
+        UsageError, FileError, NumericError: as :func:`train_unet`.
+    """
+    config = request.config
+    manifest = read_manifest(require_inputs(request))
+    if not config.allow_missing_captions:
+        require_captions(manifest)
+    device = training_device(config.loop)
+    torch.manual_seed(config.loop.seed)
+    vae = _vae(request)
+    task, _ = _task(request, vae, manifest, device)
+    task.batches = LargestBatch(manifest, config.loop.batch_size, vae.config)
+    height, width = task.batches.size
+    return measure(task, config.loop, f"{width}x{height}")
+
+
+def _task(
+    request: UNetRequest, vae: Autoencoder, manifest: Manifest, device: torch.device
+) -> tuple[UNetTask, Tensor | None]:
+    """The model on its device, still without batches; and the token ids that it is cut down to."""
+    model = _model(request, vae)
+    tell_of_missing_scores(manifest, model.config)
+    ids = _compacted(model, manifest) if _learns_words(request, model) else None
+    model.to(device).to(memory_format=torch.channels_last).train()
+    tokens = _Tokens(Tokenizer.default(), request.config.caption_tokens)
+    return UNetTask(model, NoBatches(), tokens, request.config), ids
+
+
+def _watchers(
+    request: UNetRequest, task: UNetTask, vae: Autoencoder, export: Export, plans: Sequence[Wanted]
+) -> list[Watcher]:
+    """Those that the request asks for, in the order of their work."""
+    config, found = request.config, list[Watcher]()
+    if config.save_model_every:
+        found.append(SaveModels(export, request.output, config.save_model_every))
+    if request.validation:
+        manifest = read_manifest(request.validation)
+        cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
+        batches = BatchLoader(manifest, config.loop.batch_size, cache=cache, remainder="short")
+        found.append(Validation(task, batches, config))
+    if plans:
+        found.append(Samples(task.module, vae, plans, config, request.output))
+    return found
 
 
 def _record(model: SDXL, vae: Autoencoder, config: UNetTrainConfig, ids: Tensor | None) -> dict[str, object]:
@@ -98,22 +145,9 @@ def _record(model: SDXL, vae: Autoencoder, config: UNetTrainConfig, ids: Tensor 
         "vae_weights": weights_hash(vae.state_dict()),
         "prediction": config.prediction,
         "zero_terminal_snr": config.zero_terminal_snr,
+        "objective": config.objective,
         "token_ids": None if ids is None else ids.tolist(),
     }
-
-
-def require_captions(manifest: Manifest) -> None:
-    """Refuse a data set with pictures that have no caption: training on empty text is never meant.
-
-    Raises:
-        UsageError: names the first of them.
-    """
-    bare = [row.path for row in manifest.kept if not row.captions]
-    if bare:
-        raise UsageError(
-            f"{len(bare)} of {len(manifest.kept)} pictures have no caption, {bare[0]} is the first; "
-            "add captions, or make the manifest with --require-captions to leave them out"
-        )
 
 
 def fill_cache(manifest: Manifest, vae: Autoencoder, folder: Path) -> LatentCache:
@@ -127,31 +161,21 @@ def fill_cache(manifest: Manifest, vae: Autoencoder, folder: Path) -> LatentCach
 
 
 def _vae(request: UNetRequest) -> Autoencoder:
-    files = _files(request.vae, "vae") if request.vae else _files(request.init, "model")
-    if files is None:
-        raise UsageError("give --vae FILE: without --init there is no autoencoder to encode pictures with")
+    files = locate(request.vae, "vae") if request.vae else locate(request.init or "", "model")
     return load_vae(files, dtype=torch.float32)
-
-
-def _files(spec: str | None, role: Role) -> ModelFiles | None:
-    return None if spec is None else locate(spec, role)
 
 
 def _model(request: UNetRequest, vae: Autoencoder) -> SDXL:
     """U-Net and text encoders, with gradients on what is trained; its configuration has ``vae``'s in it."""
     config = request.config
     if request.init:
+        require_same_prediction(locate(request.init, "model"), config)
         model = _load(request.init, ("unet", "text"))
-    elif request.text_from or config.train_text_encoders:
+    else:
         model = SDXL(named(config.model), ("unet", "text"))
         unet.initialize(model.unet, model.config.big_g.embed_dim)
         for embedder in model.conditioner.embedders:
             text.initialize(embedder)
-    else:
-        raise UsageError(
-            "the text encoders would be random and frozen; give --init or --text-from, "
-            "or set train_text_encoders = true"
-        )
     if vae.config.z_channels != model.config.unet.in_channels:
         raise UsageError(
             f"the autoencoder has {vae.config.z_channels} latent channels, the U-Net reads "
@@ -175,17 +199,6 @@ def _learns_words(request: UNetRequest, model: SDXL) -> bool:
     return request.config.train_text_encoders and (built or model.known_token_ids is not None)
 
 
-def named(name: str) -> ModelConfig:
-    """A configuration by its name.
-
-    Raises:
-        UsageError: none has that name.
-    """
-    if name not in CONFIGS:
-        raise unknown("model", name, CONFIGS)
-    return CONFIGS[name]
-
-
 def _copy_text(model: SDXL, spec: str) -> None:
     """Take the text encoders of another model: the last one, bigG, is what a refiner shares with its base.
 
@@ -207,7 +220,7 @@ def _copy_text(model: SDXL, spec: str) -> None:
 def _compacted(model: SDXL, manifest: Manifest) -> Tensor:
     """Cut the token tables down to what the captions use; a model already cut down keeps what it knows."""
     tokenizer = Tokenizer.default()
-    captions = {caption for row in manifest.kept for caption in row.captions}
+    captions = {"", *(caption for row in manifest.kept for caption in row.captions)}
     used = set(model.known_token_ids or ())
     for caption in captions:
         used |= {*tokenizer.row(caption, PAD_CLIP_L), *tokenizer.row(caption, PAD_BIG_G)}
@@ -239,27 +252,45 @@ class _Tokens:
         return self.seen[caption]
 
 
-def _export(
-    path: Path,
-    model: SDXL,
-    trained: dict[str, Tensor],
-    vae: Autoencoder,
-    ids: Tensor | None,
-    config: UNetTrainConfig,
-) -> None:
-    state = {name: value.detach() for name, value in model.state_dict().items()} | trained
-    if ids is not None:
-        state = expand(state, ids, model.config.big_g.vocab_size)
-    state |= {f"first_stage_model.{name}": value for name, value in vae.state_dict().items()}
-    known = None if model.known_token_ids is None else sorted(model.known_token_ids)
-    dtype = SAVE_DTYPES[config.save_dtype]
-    made = replace(model.config, native_size=config.native_size or model.config.native_size)
-    save_model(
-        path,
-        state,
-        made,
-        dtype=dtype,
-        prediction=config.prediction,
-        zero_terminal_snr=config.zero_terminal_snr,
-        keep_token_ids=known,
-    )
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Writes the whole model with trained parameters in it."""
+
+    model: SDXL
+    vae: Autoencoder
+    ids: Tensor | None
+    """Token ids that the tables were cut down to."""
+    config: UNetTrainConfig
+
+    def write(self, path: Path, trained: Mapping[str, Tensor]) -> None:
+        """As one file that generation reads."""
+        model, config = self.model, self.config
+        state = {name: value.detach() for name, value in model.state_dict().items()} | dict(trained)
+        if self.ids is not None:
+            state = expand(state, self.ids, model.config.big_g.vocab_size)
+        state |= {f"first_stage_model.{name}": value for name, value in self.vae.state_dict().items()}
+        if config.objective == "edm":
+            state |= EDM_RANGE
+        save_model(
+            path,
+            state,
+            replace(model.config, native_size=config.native_size or model.config.native_size),
+            dtype=SAVE_DTYPES[config.save_dtype],
+            prediction=config.prediction,
+            zero_terminal_snr=config.zero_terminal_snr,
+            keep_token_ids=None if model.known_token_ids is None else sorted(model.known_token_ids),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SaveModels:
+    """Keeps a model file of every so many steps: ``model-000500.safetensors``."""
+
+    export: Export
+    folder: Path
+    every: int
+
+    def after_step(self, run: Run, done: int) -> None:
+        """See :class:`~sdxl_cli.training.loop.Watcher`."""
+        if done % self.every == 0:
+            self.export.write(self.folder / model_name(done), run.averaged())

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sdxl_cli.data.loader import Batch
-from sdxl_cli.diffusion.formulation import Formulation
 from sdxl_cli.model.conditioning import MicroConditioning, TextFeatures, condition
+from sdxl_cli.model.config import SCALAR_COUNT
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Moments
 from sdxl_cli.training.config import UNetTrainConfig
-from sdxl_cli.training.losses import add_noise, training_noise, weighted_mse
+from sdxl_cli.training.levels import Drawing, Levels
+from sdxl_cli.training.losses import (
+    add_noise,
+    by_level,
+    debiased_weight,
+    level_weight,
+    training_noise,
+    weighted_mse,
+)
+from sdxl_cli.training.metrics import Mean, statistics
+from sdxl_cli.training.place import computing
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 """Captions -> token ids [B, 77] for CLIP-L and for bigG."""
@@ -40,56 +50,108 @@ class UNetTask:
     config: UNetTrainConfig
 
     def __post_init__(self) -> None:
-        self.schedule = Formulation(self.config.prediction, self.config.zero_terminal_snr).schedule()
+        self.drawing = Drawing(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.module.parameters()).device
 
     def step(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """See :class:`~sdxl_cli.training.loop.Task`."""
-        config, model = self.config, self.module
         batch = self.batches.batch(index)
+        loss, per_sample, levels = self._losses(batch, generator)
+        count = len(per_sample)
+        per_sample = per_sample.cpu()
+        means = {"mse": Mean(float(per_sample.mean()), count), **by_level(per_sample, levels.index)}
+        return loss, {"images": float(count), **means}
+
+    @torch.no_grad()
+    def describe(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """See :class:`~sdxl_cli.training.loop.Task`."""
+        batch = self.batches.batch(index)
+        _, per_sample, levels = self._losses(batch, generator)
+        assert batch.latents is not None
+        return {
+            "ids": batch.ids,
+            "captions": batch.captions,
+            "sigma": levels.sigma.tolist(),
+            "mse": [str(value) for value in per_sample.tolist()],  # JSON has no nan
+            "latent mean": statistics(batch.latents.mean),
+            "latent logvar": statistics(batch.latents.logvar),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, levels: Levels, generator: torch.Generator) -> Tensor:
+        """Each picture's error with its whole text at a given noise level, on the CPU [B]."""
+        return self._losses(batch, generator, levels)[1].cpu()
+
+    def _losses(
+        self, batch: Batch, generator: torch.Generator, levels: Levels | None = None
+    ) -> tuple[Tensor, Tensor, Levels]:
+        """The loss, each picture's error [B] and noise level; nothing falls out where ``levels`` are given."""
+        config, trains = self.config, levels is None
         latent = self._latent(batch, generator)
-        count = len(latent)
-        levels = torch.randint(config.timestep_min, config.timestep_max + 1, (count,), generator=generator)
-        noise = training_noise(tuple(latent.shape), config.noise_offset, generator)
-        sigma = self.schedule.sigmas[levels]
-        noised = add_noise(latent, noise, sigma, config.prediction, config.min_snr_gamma)
-        noised = replace(noised, weight=noised.weight * batch.weight)
-        text = self._text(batch.captions, generator)
-        cond = condition(model.config, text, micro_conditions(batch))
-        network_input = noised.network_input.contiguous(memory_format=torch.channels_last)
-        output = model.unet(network_input, levels, cond.crossattn, cond.vector)
-        loss, per_sample = weighted_mse(output, noised)
-        return loss, {"images": float(count), "mse": float(per_sample.mean())}
+        levels = levels or self.drawing.draw(len(latent), generator)
+        noise = training_noise(tuple(latent.shape), config.noise_offset, generator).to(latent.device)
+        noised = add_noise(latent, noise, levels.sigma, config.prediction, config.min_snr_gamma)
+        weight = noised.weight * batch.weight * level_weight(config.level_weights, levels.index)
+        if config.debiased:
+            weight = weight * debiased_weight(levels.sigma)
+        with computing(config.loop, self.device):
+            text = self._text(batch.captions, generator if trains else None)
+            cond = condition(self.module.config, text, micro_conditions(batch))
+            vector = self._without_some(cond.vector, generator) if trains else cond.vector
+            network_input = noised.network_input.contiguous(memory_format=torch.channels_last)
+            time = levels.time.to(self.device)
+            output = self.module.unet(network_input, time, cond.crossattn, vector)
+        loss, per_sample = weighted_mse(output, replace(noised, weight=weight))
+        return loss, per_sample, levels
 
     def _latent(self, batch: Batch, generator: torch.Generator) -> Tensor:
         assert batch.latents is not None, "the loader must have a latent cache"
         moments = Moments(batch.latents.mean, batch.latents.logvar)
         noise = torch.randn(moments.mean.shape, generator=generator)
-        return moments.sample(noise) * self.module.config.vae.scale_factor
+        return (moments.sample(noise) * self.module.config.vae.scale_factor).to(self.device)
 
-    def _text(self, captions: Sequence[str], generator: torch.Generator) -> TextFeatures:
-        """Features of the captions, some of them taken away."""
+    def _text(self, captions: Sequence[str], generator: torch.Generator | None) -> TextFeatures:
+        """Features of the captions, some of them taken away when there is a generator."""
         config = self.config
-        if config.text_dropout_mode == "empty":  # facts §4: legacy_ucg_value
+        if generator and config.text_dropout_mode == "empty":  # facts §4: legacy_ucg_value
             draws = torch.rand(len(captions), generator=generator).tolist()
             kept = zip(draws, captions, strict=True)
             captions = ["" if draw < config.text_dropout else caption for draw, caption in kept]
-        with torch.set_grad_enabled(config.train_text_encoders):
-            text = self.module.conditioner.text(*self.tokenize(captions))
-        return text if config.text_dropout_mode == "empty" else self._dropped(text, generator)
+        ids_l, ids_g = (ids.to(self.device) for ids in self.tokenize(captions))
+        with torch.set_grad_enabled(config.train_text_encoders and torch.is_grad_enabled()):
+            text = self.module.conditioner.text(ids_l, ids_g)
+        if generator is None or config.text_dropout_mode == "empty":
+            return text
+        return self._dropped(text, generator)
 
     def _dropped(self, text: TextFeatures, generator: torch.Generator) -> TextFeatures:
         """Zero features at random, as classifier-free guidance needs (facts §4: ucg_rate)."""
         config, clip_l = self.config, self.module.config.clip_l
-        widths = [clip_l.width] if clip_l else []
-        widths.append(self.module.config.big_g.width)
-        outputs = len(widths) + 1
-        draws = torch.rand(
-            len(text.pooled), 1 if config.text_dropout_mode == "joint" else outputs, generator=generator
-        )
-        keep = (draws >= config.text_dropout).float().expand(-1, outputs)
-        parts = torch.split(text.crossattn, widths, dim=-1)
+        widths = {"clip_l": clip_l.width} if clip_l else {}
+        widths["big_g"] = self.module.config.big_g.width
+        outputs = [*widths, "pooled"]
+        columns = 1 if config.text_dropout_mode == "joint" else len(outputs)
+        draws = torch.rand(len(text.pooled), columns, generator=generator)
+        rates = torch.tensor([config.dropout.get(name, config.text_dropout) for name in outputs])
+        keep = (draws >= rates).to(text.pooled)
+        parts = torch.split(text.crossattn, list(widths.values()), dim=-1)
         crossattn = torch.cat([part * keep[:, i, None, None] for i, part in enumerate(parts)], dim=-1)
         return TextFeatures(crossattn, text.pooled * keep[:, -1:])
+
+    def _without_some(self, vector: Tensor, generator: torch.Generator) -> Tensor:
+        """Zero the features of whole micro-conditions at random: they are embedders with a ucg_rate, too."""
+        config, model = self.config, self.module.config
+        if not any(config.dropout.get(name) for name in model.scalars):
+            return vector
+        rates = torch.tensor([config.dropout.get(name, 0.0) for name in model.scalars])
+        keep = (torch.rand(len(vector), len(rates), generator=generator) >= rates).to(vector)
+        widths = [model.scalar_dim * SCALAR_COUNT[name] for name in model.scalars]
+        mask = keep.repeat_interleave(torch.tensor(widths, device=vector.device), dim=1)
+        return torch.cat([vector[:, : -mask.shape[1]], vector[:, -mask.shape[1] :] * mask], dim=1)
 
 
 def micro_conditions(batch: Batch) -> list[MicroConditioning]:

@@ -21,6 +21,8 @@ from sdxl_cli.training.folder import prepare
 from sdxl_cli.training.growing import grow, initialize
 from sdxl_cli.training.images import ManifestImages
 from sdxl_cli.training.loop import Run
+from sdxl_cli.training.measuring import Measured, measure
+from sdxl_cli.training.place import training_device
 from sdxl_cli.training.vae_task import VAETask, fresh, latent_statistics, normalize_latents
 
 RESULT = "vae.safetensors"
@@ -63,13 +65,13 @@ def train_vae(request: VAERequest) -> VAEResult:
     manifests = [read_manifest(path) for path in request.data]
     rows = [(manifest, row) for manifest in manifests for row in manifest.kept]
     images = ManifestImages(large_enough(rows, max(config.crop_sizes)))
+    device = training_device(config.loop)
     prepare(request.output, config, resume=request.resume)
     torch.manual_seed(config.loop.seed)
     vae, is_new = build(config, request.init)
-    vae = fresh(vae)
-    run = Run(
-        VAETask(vae, images, config), config.loop, request.output, {"task": "vae", **asdict(vae.config)}
-    )
+    vae = fresh(vae.to(device))
+    task = VAETask(vae, images, config, [row.path for _, row in images.rows])
+    run = Run(task, config.loop, request.output, {"task": "vae", **asdict(vae.config)})
     if request.resume:
         run.resume()
     run.train()
@@ -78,10 +80,26 @@ def train_vae(request: VAERequest) -> VAEResult:
     sample = [images[i] for i in range(0, len(images), max(1, len(images) // STATISTICS_IMAGES))]
     mean, std = latent_statistics(vae, sample)
     if config.normalize_latents and is_new:
-        normalize_latents(vae, mean, std)
+        normalize_latents(vae, mean.to(device), std.to(device))
     path = request.output / RESULT
     save_vae(path, vae, vae.config)
     return VAEResult(path, run.progress.step, run.progress.loss, mean.tolist(), std.tolist())
+
+
+def try_vae(request: VAERequest) -> Measured:
+    """What ``--dry-run`` measures: two steps on the largest crops; nothing is written.
+
+    Raises:
+        UsageError, FileError, NumericError: as :func:`train_vae`.
+    """
+    largest = max(request.config.crop_sizes)
+    config = replace(request.config, crop_sizes=(largest,), crop_weights=(1.0,))
+    manifests = [read_manifest(path) for path in request.data]
+    rows = [(manifest, row) for manifest in manifests for row in manifest.kept]
+    images = ManifestImages(large_enough(rows, largest))
+    torch.manual_seed(config.loop.seed)
+    vae = fresh(build(config, request.init)[0].to(training_device(config.loop)))
+    return measure(VAETask(vae, images, config), config.loop, f"{largest}x{largest}")
 
 
 def large_enough(rows: Sequence[tuple[Manifest, Row]], side: int) -> list[tuple[Manifest, Row]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from sdxl_cli.model.vae import Autoencoder, Moments
 from sdxl_cli.training.config import VAELossConfig, VAETrainConfig
+from sdxl_cli.training.metrics import statistics
+from sdxl_cli.training.place import computing
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,7 +50,8 @@ def reconstruction_loss(
         "lowpass": lowpass_l1(output, image),
         "kl": moments.kl().mean() / moments.mean[0].numel(),
     }
-    loss = sum((getattr(config, name) * term for name, term in terms.items()), torch.zeros(()))
+    start = torch.zeros((), device=image.device)
+    loss = sum((getattr(config, name) * term for name, term in terms.items()), start)
     return loss, {name: float(term.detach()) for name, term in terms.items()}
 
 
@@ -60,25 +63,39 @@ class VAETask:
     images: Sequence[Tensor]
     """Images [3, H, W] in -1 … 1, at least as large as the largest crop."""
     config: VAETrainConfig
+    names: Sequence[str] = ()
+    """Of the images, for errors."""
 
     def step(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """See :class:`~sdxl_cli.training.loop.Task`."""
-        image = self._batch(generator).contiguous(memory_format=torch.channels_last)
-        moments = self.module.encode(image)
-        noise = torch.randn(moments.mean.shape, generator=generator)
-        output = self.module.decode(moments.sample(noise.to(image)))
-        loss, terms = reconstruction_loss(self.config.loss, output, image, moments)
+        image, _ = self._batch(generator)
+        device = next(self.module.parameters()).device
+        image = image.to(device, memory_format=torch.channels_last)
+        with computing(self.config.loop, device):
+            moments = self.module.encode(image)
+            moments = Moments(moments.mean.float(), moments.logvar.float())
+            noise = torch.randn(moments.mean.shape, generator=generator)
+            output = self.module.decode(moments.sample(noise.to(image)))
+        loss, terms = reconstruction_loss(self.config.loss, output.float(), image, moments)
         return loss, {**terms, "images": float(len(image))}
 
-    def _batch(self, generator: torch.Generator) -> Tensor:
+    @torch.no_grad()
+    def describe(self, index: int, generator: torch.Generator) -> dict[str, Any]:
+        """See :class:`~sdxl_cli.training.loop.Task`."""
+        image, picks = self._batch(generator)
+        names = [self.names[i] if self.names else str(i) for i in picks]
+        return {"ids": names, "images": statistics(image), "crop": list(image.shape[-2:])}
+
+    def _batch(self, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+        """Crops [B, 3, side, side], and which images they are of."""
         config = self.config
         weights = torch.tensor(config.crop_weights)
         size = config.crop_sizes[int(torch.multinomial(weights, 1, generator=generator))]
         count = (
             max(1, config.pixels_per_step // size**2) if config.pixels_per_step else config.loop.batch_size
         )
-        picks = torch.randint(len(self.images), (count,), generator=generator)
-        return torch.stack([_random_crop(self.images[int(i)], size, generator) for i in picks])
+        picks = torch.randint(len(self.images), (count,), generator=generator).tolist()
+        return torch.stack([_random_crop(self.images[i], size, generator) for i in picks]), picks
 
 
 def _random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -96,8 +113,9 @@ def latent_statistics(vae: Autoencoder, images: Sequence[Tensor], seed: int = 0)
     generator = torch.Generator("cpu").manual_seed(seed)
     count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for image in images:
-        moments = vae.encode(image[None])
-        z = moments.sample(torch.randn(moments.mean.shape, generator=generator)).double()[0].flatten(1)
+        moments = vae.encode(image[None].to(next(vae.parameters()).device))
+        noise = torch.randn(moments.mean.shape, generator=generator).to(moments.mean)
+        z = moments.sample(noise).cpu().double()[0].flatten(1)
         count += z.shape[1]
         total, squares = total + z.sum(1), squares + z.square().sum(1)
     mean = total / count

@@ -19,7 +19,8 @@ from sdxl_cli.model.config import CONFIGS
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.growing import initialize
-from sdxl_cli.training.unet_run import UNetRequest, train_unet
+from sdxl_cli.training.unet_request import UNetRequest
+from sdxl_cli.training.unet_run import train_unet
 from sdxl_cli.training.vae_run import VAERequest, train_vae
 from tests.training.files import Train
 from tests.training.small import SMALL, SMALL_REFINER, unet_config, vae_config

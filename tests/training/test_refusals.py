@@ -17,7 +17,8 @@ from sdxl_cli.errors import FileError, SdxlError, UsageError
 from sdxl_cli.generation.prompt import Tokenizer
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
-from sdxl_cli.training.unet_run import UNetRequest, train_unet
+from sdxl_cli.training.unet_request import UNetRequest
+from sdxl_cli.training.unet_run import train_unet
 from sdxl_cli.training.vae_run import VAERequest, train_vae
 from tests.training.files import Train
 from tests.training.small import SMALL, unet_config, vae_config
@@ -109,7 +110,50 @@ def test_pictures_without_captions_are_refused(request_: UNetRequest, pictures: 
 
 def test_frozen_random_text_encoders_are_refused(request_: UNetRequest) -> None:
     config = unet_config(train_text_encoders=False)
-    refusal(replace(request_, config=config, cache=None), UsageError, "random and frozen; give --init")
+    refusal(
+        replace(request_, config=config, cache=None),
+        UsageError,
+        "needs --text-from FILE, a model with trained text encoders",
+    )
+
+
+def test_going_on_from_a_model_that_says_something_else_is_refused(
+    request_: UNetRequest, base_file: Path, tmp_path: Path
+) -> None:
+    v = tmp_path / "v.safetensors"
+    save_model(v, SDXL(SMALL), SMALL, prediction="v", zero_terminal_snr=True)
+    request_ = replace(request_, cache=None)
+    text = (
+        r"v.safetensors|v predicts v, zero terminal SNR, the configuration says eps; give --set prediction=v"
+    )
+    refusal(replace(request_, init=str(v)), UsageError, text)
+    mismatch = unet_config(prediction="v")
+    refusal(replace(request_, init=str(v), config=mismatch), UsageError, "--set zero_terminal_snr=true")
+    refusal(replace(request_, init=str(base_file), config=mismatch), UsageError, "predicts eps, the config")
+    allowed = unet_config(prediction="v", allow_other_prediction=True, max_steps=1)
+    assert train_unet(replace(request_, init=str(base_file), config=allowed)).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("preset", "asked"),
+    [
+        ("pretrain-256", ["--data FILE", "--vae FILE", "--text-from FILE"]),
+        ("pretrain-512", ["--data FILE", "--init FILE"]),
+        ("multiaspect", ["--data FILE", "--init FILE"]),
+        ("refiner", ["--data FILE", "--vae FILE", "--text-from FILE"]),
+        ("finetune", ["--data FILE", "--init FILE"]),
+    ],
+)
+def test_a_stage_without_weights_says_in_one_line_what_it_needs(
+    preset: str, asked: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.run(["train-unet", "--preset", preset]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert [
+        word for word in ("--data FILE", "--init FILE", "--vae FILE", "--text-from FILE") if word in said
+    ] == asked
+    assert not (tmp_path / "runs").exists()
 
 
 def test_unknown_models_are_refused_with_the_nearest_name(
@@ -125,7 +169,7 @@ def test_unknown_models_are_refused_with_the_nearest_name(
 
 
 def test_a_missing_autoencoder_is_asked_for(request_: UNetRequest) -> None:
-    refusal(replace(request_, vae=None, cache=None), UsageError, "give --vae FILE")
+    refusal(replace(request_, vae=None, cache=None), UsageError, "needs --vae FILE")
 
 
 def test_an_autoencoder_with_other_latents_is_refused(request_: UNetRequest, tmp_path: Path) -> None:

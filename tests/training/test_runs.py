@@ -18,7 +18,8 @@ from sdxl_cli.errors import Interrupted, NumericError
 from sdxl_cli.training import unet_task
 from sdxl_cli.training.loop import Run
 from sdxl_cli.training.state import load_state
-from sdxl_cli.training.unet_run import UNetRequest, train_unet
+from sdxl_cli.training.unet_request import UNetRequest
+from sdxl_cli.training.unet_run import train_unet
 from tests.training.files import Train, assert_same_bits, tensors
 from tests.training.small import unet_config
 
@@ -54,7 +55,7 @@ def test_a_stop_is_asked_for_by_a_signal_and_gone_on_from(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step is finished and saved; another ``--resume`` gives what an undisturbed run gives."""
-    original = Run._step
+    original = Run.advance
 
     def step(self: Run, index: int) -> dict[str, float]:
         if index == 2:
@@ -63,7 +64,7 @@ def test_a_stop_is_asked_for_by_a_signal_and_gone_on_from(
 
     train(tmp_path / "whole", 5, False)
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_step", step)
+        patch.setattr(Run, "advance", step)
         with pytest.raises(Interrupted, match=r"step 3.*--resume") as stopped:
             train(tmp_path / "stopped", 5, False)
     assert stopped.value.exit_code == 130
@@ -87,13 +88,13 @@ def test_a_failure_while_saving_leaves_the_last_good_state(
     train(folder, 3, False)
     good = (folder / "state.safetensors").read_bytes()
 
-    def stops_halfway(file: Any, values: Any, dtype: Any) -> str:
-        file.write(next(iter(values)).contiguous().numpy().tobytes()[:100])
+    def stops_halfway(file: Any, pending: Any) -> str:
+        file.write(next(iter(pending)).make().contiguous().numpy().tobytes()[:100])
         file.flush()
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sdxl_cli.checkpoint.write._write_all", stops_halfway)
+        patch.setattr("sdxl_cli.checkpoint.stream._write_all", stops_halfway)
         with pytest.raises(RuntimeError, match="killed"):
             train(folder, 6, True)
     assert (folder / "state.safetensors").read_bytes() == good

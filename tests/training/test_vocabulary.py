@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.training.config import OptimizerConfig
-from sdxl_cli.training.optimizers import build_adamw
+from sdxl_cli.training.optimizers import build_optimizer
 from sdxl_cli.training.vocabulary import compact, expand
 from tests.training.small import SMALL
 
@@ -51,7 +51,7 @@ def test_training_the_compact_table_and_expanding_it_is_training_the_full_one() 
     full, small = text_model(), text_model()
     compact(small, IDS)
     for model in (full, small):
-        optimizer = build_adamw(model.parameters(), OptimizerConfig(learning_rate=1e-2, weight_decay=0.1))
+        optimizer = build_optimizer(model.parameters(), OptimizerConfig(learning_rate=1e-2, weight_decay=0.1))
         for step in range(4):
             optimizer.zero_grad()
             loss = features(model, SENTENCES[step % 2 :]).sin().sum()

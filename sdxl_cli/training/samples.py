@@ -1,0 +1,137 @@
+"""Pictures of a model in training, made by the code that makes all pictures."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl_cli import presets
+from sdxl_cli.checkpoint.atomic import atomic_write
+from sdxl_cli.console import get as console
+from sdxl_cli.diffusion.formulation import Formulation
+from sdxl_cli.errors import UsageError
+from sdxl_cli.generation.batchfile import Line
+from sdxl_cli.generation.jobs import LIGHT_FIELDS
+from sdxl_cli.generation.picture import write_picture
+from sdxl_cli.generation.pipeline import Models, generate, record
+from sdxl_cli.generation.plan import plan_generation
+from sdxl_cli.generation.request import RANDOM_SEED, GenerateRequest
+from sdxl_cli.generation.values import changed
+from sdxl_cli.generation.weights import LoadedWeights
+from sdxl_cli.model.sdxl import SDXL
+from sdxl_cli.model.vae import Autoencoder
+from sdxl_cli.training.config import UNetTrainConfig
+from sdxl_cli.training.ema import swapped_in
+from sdxl_cli.training.loop import Run
+
+FOLDER, COMMANDS = "samples", "commands.txt"
+NEEDS_FILES = frozenset({"refiner_mode", "refiner_strength", "refiner_switch_at"})
+
+Wanted = GenerateRequest
+
+
+def model_name(step: int) -> str:
+    """The file of the model after so many steps."""
+    return f"model-{step:06d}.safetensors"
+
+
+def sample_plans(lines: Sequence[Line], config: UNetTrainConfig) -> list[Wanted]:
+    """The requests of a file of prompts; those without a seed have the run's, to compare steps by.
+
+    Raises:
+        UsageError: a line asks for another model, or the model in training makes no pictures by itself.
+    """
+    if not lines:
+        return []
+    if config.objective == "edm":
+        raise UsageError(
+            "--sample-prompts: generation has no continuous noise levels, which objective edm trains"
+        )
+    found = []
+    for line in lines:
+        if other := sorted(line.changes.keys() - (LIGHT_FIELDS - NEEDS_FILES)):
+            raise UsageError(
+                f"{line.where}: {other[0]} is not for pictures of the model in training; leave it out"
+            )
+        base = presets.layered(
+            GenerateRequest, preset="generate", flags={"prompt": "", "seed": config.loop.seed}
+        )
+        request = changed(base, line.changes, line.where)
+        if not request.prompt:
+            raise UsageError(f"{line.where}: has no prompt")
+        if request.seed == RANDOM_SEED:
+            raise UsageError(f"{line.where}: seed -1 makes other pictures every time; give one")
+        found.append(request)
+    return found
+
+
+@dataclass(slots=True)
+class Samples:
+    """Makes the pictures every so many steps with the averaged weights, as ``samples/000500-0.png``.
+
+    Each has everything about itself in its metadata, as any picture; ``samples/commands.txt`` has the command that
+    makes it again from the model file of its step.
+    """
+
+    model: SDXL
+    """U-Net and text encoders, in training."""
+    vae: Autoencoder
+    wanted: Sequence[Wanted]
+    config: UNetTrainConfig
+    folder: Path
+    """Of the run."""
+
+    def after_step(self, run: Run, done: int) -> None:
+        """See :class:`~sdxl_cli.training.loop.Watcher`."""
+        if done % self.config.sample_every and done != run.config.max_steps:
+            return
+        run.optimizer.zero_grad(set_to_none=True)  # room for the pictures
+        whole = self._whole().eval()
+        try:
+            with swapped_in(run.averaged(), run.parameters):
+                self._make(whole, done)
+        finally:
+            whole.train()
+
+    def _whole(self) -> SDXL:
+        """The model with its autoencoder, sharing all weights."""
+        whole = SDXL(self.model.config, ())
+        whole.model, whole.conditioner = self.model.model, self.model.conditioner
+        whole.first_stage_model = self.vae
+        whole.known_token_ids = self.model.known_token_ids
+        return whole
+
+    def _make(self, whole: SDXL, done: int) -> None:
+        formulation = Formulation(self.config.prediction, self.config.zero_terminal_snr)
+        models = Models(base=LoadedWeights(whole, model_name(done), formulation=formulation))
+        commands = []
+        for number, request in enumerate(self.wanted):
+            plan = plan_generation(request, whole.config, formulation=formulation)
+            for picture in generate(plan, models, console()):
+                name = f"{done:06d}-{number}" + (f"-{picture.seed}" if request.num_images > 1 else "")
+                path = self.folder / FOLDER / f"{name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # a resumed run makes the pictures of its last step again
+                write_picture(
+                    path, picture.pixels, record(plan, models, picture.seed).texts(), overwrite=True
+                )
+                commands.append(self._command(path, done))
+        self._write_commands(commands)
+        console().note(f"step {done}: {len(commands)} pictures in {self.folder / FOLDER}")
+
+    def _command(self, picture: Path, done: int) -> str:
+        every = self.config.save_model_every
+        kept = bool(every) and done % every == 0
+        file = self.folder / (model_name(done) if kept else "model.safetensors")
+        command = shlex.join(["sdxl", "generate", "--from", str(picture), "--model", str(file)])
+        last = done == self.config.loop.max_steps
+        return command if kept or last else f"{command}  # step {done} was not kept: see save_model_every"
+
+    def _write_commands(self, commands: Sequence[str]) -> None:
+        path = self.folder / FOLDER / COMMANDS
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = list(dict.fromkeys([*before, *commands]))
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,61 @@
+"""The loss on held-out pictures, at noise that is the same every time."""
+
+from __future__ import annotations
+
+import torch
+
+from sdxl_cli.console import get as console
+from sdxl_cli.data.loader import BatchLoader
+from sdxl_cli.training.config import UNetTrainConfig
+from sdxl_cli.training.ema import swapped_in
+from sdxl_cli.training.levels import Levels
+from sdxl_cli.training.loop import Run
+from sdxl_cli.training.losses import by_level
+from sdxl_cli.training.metrics import Mean, merged
+from sdxl_cli.training.unet_task import UNetTask
+
+GOLDEN = 0.6180339887498949
+"""Multiples of it, without their whole part, fill 0 … 1 evenly however many there are."""
+
+
+class Validation:
+    """Measures the averaged weights every so many steps: a line of ``validation_…`` in metrics.jsonl.
+
+    Every picture is seen with its whole text at some noise levels spread over those that are trained. Pictures,
+    levels and noise are functions of the manifest alone, so that the numbers of two steps, or of two runs on the same
+    data at the same batch size, differ by the weights only.
+    """
+
+    def __init__(self, task: UNetTask, batches: BatchLoader, config: UNetTrainConfig) -> None:
+        """``batches`` are of the held-out pictures, short ones left short."""
+        self.task, self.batches, self.config = task, batches, config
+
+    def after_step(self, run: Run, done: int) -> None:
+        """See :class:`~sdxl_cli.training.loop.Watcher`."""
+        if done % self.config.validate_every and done != run.config.max_steps:
+            return
+        with swapped_in(run.averaged(), run.parameters):
+            means = self.measure()
+        run.log.write({"step": done, **{f"validation_{key}": value for key, value in means.items()}})
+        console().note(f"step {done}: validation loss {means['loss']:.4f}")
+
+    def measure(self) -> dict[str, float]:
+        """The mean error, ``loss``, and that of each tenth of the levels, ``mse_000_099`` …"""
+        rows: list[dict[str, float]] = []
+        seen = 0
+        for step in range(self.batches.sampler.batches_per_epoch):
+            batch = self.batches.batch(step)
+            for part in range(self.config.validate_levels):
+                generator = torch.Generator("cpu").manual_seed(step * self.config.validate_levels + part)
+                levels = self._levels(seen, len(batch), part)
+                errors = self.task.evaluate(batch, levels, generator)
+                rows.append(
+                    {"loss": Mean(float(errors.mean()), len(errors)), **by_level(errors, levels.index)}
+                )
+            seen += len(batch)
+        return dict(sorted(merged(rows).items()))
+
+    def _levels(self, first: int, count: int, part: int) -> Levels:
+        """Part ``part`` of the levels of pictures ``first`` …: each picture at another place of the part."""
+        places = (torch.arange(first, first + count, dtype=torch.float64) * GOLDEN) % 1.0
+        return self.task.drawing.spread(((part + places) / self.config.validate_levels).float())
