@@ -71,7 +71,7 @@ def choose(name: str, revision: str | None, variant: str | None) -> list[Wanted]
             its top, else its diffusers folder.
         revision: branch, tag or commit; default ``main``. It also tells that another file than the released one
             is meant.
-        variant: of a diffusers folder, ``fp16``.
+        variant: takes the diffusers folder instead of the single file, in this precision: ``fp16``.
 
     Raises:
         UsageError: it is no such name.
@@ -79,9 +79,9 @@ def choose(name: str, revision: str | None, variant: str | None) -> list[Wanted]
         NetworkError, SdxlError: the hub may not, or cannot, be asked.
     """
     known = RELEASED.get(name)
-    if known is not None:
+    if known is not None and variant is None:
         return [Wanted(known.repo, known.file, revision or "main", None if revision else known.sha256)]
-    parsed = hub.parse_id(name)
+    parsed = hub.parse_id(known.repo if known else name)
     if parsed is None:
         raise UsageError(f"{name!r} is no hub id; give {', '.join(RELEASED)}, org/name or org/name/file")
     repo, inside, file = parsed

@@ -399,6 +399,13 @@ def test_a_diffusers_folder_in_the_wanted_precision() -> None:
     assert sorted(folder) == sorted([*common, *texts, "unet/diffusion_pytorch_model.safetensors"])
 
 
+def test_a_variant_of_the_base_is_its_folder(offered: Hub) -> None:
+    names = ("model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors")
+    offered.files[BASE.repo] |= dict.fromkeys(names, b"{}")
+    assert [wanted.file for wanted in download.choose("base", None, "fp16")] == list(names)
+    assert [wanted.file for wanted in download.choose("base", None, None)] == [BASE.file]
+
+
 def test_a_whole_folder_is_downloaded_and_can_be_read(
     hub: Hub, contents: dict[str, bytes], capsys: Capture, tmp_path: Path
 ) -> None:
