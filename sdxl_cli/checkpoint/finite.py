@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_PIECE = 1 << 20
+"""Elements looked at at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Bits:
@@ -34,10 +37,11 @@ def count_non_finite(tensor: Tensor) -> tuple[int, int]:
     bits = _FORMATS.get(tensor.dtype)
     if bits is None or tensor.numel() == 0:
         return 0, 0
-    numbers = tensor.contiguous().view(bits.integer)
-    special = (numbers & bits.exponent) == bits.exponent
-    found = int(special.sum())
-    if not found:
-        return 0, 0
-    nan = int(((numbers & bits.mantissa) != 0)[special].sum())
-    return nan, found - nan
+    nan = total = 0
+    # in pieces: the masks of a whole table of embeddings would take more memory than the table
+    for numbers in tensor.contiguous().reshape(-1).view(bits.integer).split(_PIECE):
+        special = (numbers & bits.exponent) == bits.exponent
+        if special.any():
+            total += int(special.sum())
+            nan += int(((numbers & bits.mantissa) != 0)[special].sum())
+    return nan, total - nan
