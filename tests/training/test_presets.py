@@ -42,7 +42,7 @@ def test_stages_are_of_the_released_size_and_say_where_each_number_is_from(name:
 @pytest.mark.parametrize("name", STAGES)
 def test_small_versions_differ_in_size_and_length_only(name: str) -> None:
     large, small = asdict(stage(name)), asdict(stage(f"{name}-tiny"))
-    assert CONFIGS[small["model"]].unet.model_channels == 32
+    assert CONFIGS[small["model"]].unet.model_channels < 100
     assert small["loop"]["batch_size"] * (small["loop"]["accumulate"]) <= 16
     if name == "refiner":  # the bundled refiner's own preset
         assert (small["timestep_min"], small["timestep_max"]) == (0, 199)
