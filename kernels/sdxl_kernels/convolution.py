@@ -45,7 +45,7 @@ def upsample_conv_subpixel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     out = torch.empty(
         (batch, channels, 2 * height, 2 * width), dtype=four.dtype, device=four.device, memory_format=layout
     )
-    for index, part in enumerate(four.split(channels, dim=1)):
+    for index, part in enumerate(torch.split(four, channels, dim=1)):
         down, right = divmod(index, 2)
         out[:, :, down::2, right::2] = part[:, :, down : down + height, right : right + width]
     return out
@@ -69,7 +69,7 @@ def subpixel_weight(weight: Tensor) -> Tensor:
 
 def _halves(weight: Tensor, dim: int, first: int) -> Tensor:
     """Three taps along ``dim`` as two: the sum of the ``first`` ones, and the sum of the others."""
-    parts = weight.split([first, 3 - first], dim=dim)
+    parts = torch.split(weight, [first, 3 - first], dim=dim)
     return torch.cat([part.sum(dim, keepdim=True) for part in parts], dim=dim)
 
 

@@ -151,7 +151,7 @@ class TransformerBlock(nn.Module):
         Zeros have zero keys and values, and the average of zero values is zero: what remains is a bias.
         """
         bare = len(x) - len(told.keys)
-        x[:bare] += self.attn2.to_out[0].bias
+        x[:bare] += self.attn2.to_out.get_parameter("0.bias")
         x[bare:] += self.attn2(self.norm2(x[bare:]), told)
         return x
 
@@ -305,7 +305,7 @@ def initialize(unet: UNet, pooled: int) -> None:
             for parameter in module.get_submodule(last).parameters():
                 nn.init.zeros_(parameter)
         if isinstance(module, ResBlock):
-            _keep_variance(module.emb_layers[1].weight, SILU_GAIN)
+            _keep_variance(module.emb_layers.get_parameter("1.weight"), SILU_GAIN)
     label = unet.label_emb.get_submodule("0")
     _keep_variance(label.get_parameter("0.weight")[:, :pooled], 1.0)
     _keep_variance(label.get_parameter("0.weight")[:, pooled:], 1.0)
