@@ -64,6 +64,29 @@ def layered(
     ``sets`` are ``a.b=value`` texts. ``flags`` maps dotted field names to values; ``None`` means "not given".
     Raises UsageError and FileError as :func:`load`.
     """
+    merged = _merged(cls, preset, config, sets, flags or {})
+    return _build(cls, merged, str(config or preset or cls.__name__))
+
+
+def stated(
+    cls: type[Any],
+    *,
+    preset: str | Path | None = None,
+    config: Path | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, object] | None = None,
+) -> frozenset[str]:
+    """The keys of ``cls`` that any of these gives a value, tables as a whole; arguments are those of :func:`layered`."""
+    return frozenset(_merged(cls, preset, config, sets, flags or {}))
+
+
+def _merged(
+    cls: type[Any],
+    preset: str | Path | None,
+    config: Path | None,
+    sets: Sequence[str],
+    flags: Mapping[str, object],
+) -> _Partial:
     merged = _Partial()
     for source in (preset, config):
         if source is not None:
@@ -71,10 +94,10 @@ def layered(
             _merge(merged, _check(cls, _read(path), path.name))
     for text in sets:
         _merge(merged, _check(cls, _parse_set(text), f"--set {text}"))
-    for key, value in (flags or {}).items():
+    for key, value in flags.items():
         if value is not None:
             _merge(merged, _check(cls, _nest(key, value), "command line"))
-    return _build(cls, merged, str(config or preset or cls.__name__))
+    return merged
 
 
 def apply_overrides(obj: T, overrides: Iterable[str]) -> T:

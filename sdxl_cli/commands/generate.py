@@ -155,6 +155,7 @@ def command(
     given = dict(locals())
     console = consoles.configure(quiet=quiet, json=as_json)
 
+    from sdxl_cli.generation.fewstep import FewSteps
     from sdxl_cli.generation.jobs import Workshop, expand
     from sdxl_cli.generation.request import GenerateRequest
     from sdxl_cli.generation.session import warn_of_another_model, warn_of_other_loras
@@ -165,7 +166,8 @@ def command(
     names = working.aliases(command, GenerateRequest)
     lines, axes = working.read_prompts(prompts_file, names), parse_sweeps(sweep or (), names)
     onlooker = working.look_on(given, console)
-    shop = Workshop(lambda asked: _locate(asked, console), _buckets, onlooker)
+    few_steps = FewSteps(_stated(given), console)
+    shop = Workshop(lambda asked: _locate(asked, console), _buckets, few_steps, onlooker)
     worker = working.Worker(given, console, onlooker, shop)
     if interactive:
         return working.converse(worker, request, names)
@@ -205,16 +207,39 @@ def _request(given: dict[str, Any]) -> tuple[GenerateRequest, Stored | None]:
     return again(given["from_"], given["sets"] or [], asked, consoles.get())
 
 
+def _stated(given: dict[str, Any]) -> frozenset[str] | None:
+    """The fields the user gave a value; None: all of them, as a picture that is made again does."""
+    from sdxl_cli.generation.request import GenerateRequest
+
+    if given["from_"] is not None:
+        return None
+    return presets.stated(
+        GenerateRequest,
+        preset=given["preset"],
+        config=given["config"],
+        sets=given["sets"] or (),
+        flags=flags.flags_of(GenerateRequest, given),
+    )
+
+
 def _locate(request: GenerateRequest, console: Console) -> list[ModelFiles]:
     """The files of the base and, when asked for, of the refiner; wrong ones are told before torch is imported."""
     from sdxl_cli.checkpoint.locate import locate
+    from sdxl_cli.generation.fewstep import detect
     from sdxl_cli.generation.settling import settled
 
     base = locate(request.model, "base")
     if request.vae is not None:
         base = base.with_vae(locate(request.vae, "vae"))
     console.note(f"model: {base.describe()}")
-    base = settled(base, console, prediction=request.prediction, zero_terminal_snr=request.zero_terminal_snr)
+    few = detect(base, request.lora)
+    base = settled(
+        base,
+        console,
+        prediction=request.prediction,
+        usual=few.family.prediction if few else None,
+        zero_terminal_snr=request.zero_terminal_snr,
+    )
     if request.refiner is None:
         return [base]
     refiner = locate(request.refiner, "refiner")

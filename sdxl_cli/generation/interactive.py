@@ -40,6 +40,8 @@ class Loop:
     reader: LineReader
     number: int = 0
     """Lines read."""
+    stated: frozenset[str] = frozenset()
+    """Fields set for all pictures from here on."""
 
     def feed(self, text: str) -> Job | Action | None:
         """What to do for a line: a job, something about the loop itself, or nothing more.
@@ -58,6 +60,7 @@ class Loop:
             return None
         if text.startswith("--"):
             self.base = changed(self.base, line.changes, where)
+            self.stated |= line.changes.keys()
             return None
         return self._job(line)
 
@@ -67,4 +70,9 @@ class Loop:
             raise UsageError(f"{line.where}: has no prompt")
         # the last prompt is what /again and later changes of settings are about
         self.base = changed(self.base, {"prompt": request.prompt}, line.where)
-        return Job(request=request, where=line.where, output=line.output)
+        return Job(
+            request=request,
+            stated=self.stated | line.changes.keys(),
+            where=line.where,
+            output=line.output,
+        )

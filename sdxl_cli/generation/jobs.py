@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.errors import SdxlError, UsageError
 from sdxl_cli.generation.batchfile import Line
+from sdxl_cli.generation.fewstep import FewSteps
 from sdxl_cli.generation.pipeline import Models, Reporter
 from sdxl_cli.generation.plan import Plan, plan_generation
 from sdxl_cli.generation.request import GenerateRequest, require_prompts_fit, with_seed
@@ -36,6 +37,8 @@ class Job:
     """One request of several."""
 
     request: GenerateRequest
+    stated: frozenset[str] = frozenset()
+    """Fields that were given a value for this job, besides those for all."""
     where: str = ""
     """What to call it in errors and on grids, such as ``prompts.txt:3``; empty for the only one."""
     output: str | None = None
@@ -77,8 +80,9 @@ def expand(
                 raise UsageError(f"{line.where}: has no prompt")
             if seeded and axes:
                 request = with_seed(request)
+            stated = frozenset({*line.changes, *(axis.field for axis in axes if axis.field)})
             jobs += [
-                Job(request=made, where=line.where, output=line.output, line=index, cell=cell)
+                Job(request=made, stated=stated, where=line.where, output=line.output, line=index, cell=cell)
                 for cell, made in combinations(request, axes)
             ]
         except UsageError as error:
@@ -95,9 +99,13 @@ class Workshop:
         self,
         locate: Callable[[GenerateRequest], list[ModelFiles]],
         buckets: Callable[[int], Sequence[Size]],
+        few_steps: FewSteps,
         report: Reporter,
     ) -> None:
-        """How to find a request's files, and the trained sizes of a model of some native size, for ratios."""
+        """How to find a request's files, the trained sizes of a model of some native size, for ratios, and what
+        becomes of requests for few-step models.
+        """
+        self._few_steps = few_steps
         self._locate, self._buckets, self._report = locate, buckets, report
         self._opened: dict[str, tuple[list[ModelFiles], Models]] = {}
         self._loaded: Models | None = None
@@ -111,16 +119,19 @@ class Workshop:
         try:
             require_prompts_fit(job.request)
             files, models = self._open(job.request)
+            request = self._few_steps(job.request, files, job.stated)
             configs = [model.config for model in files]
-            buckets = self._buckets(configs[0].native_size) if job.request.size else ()
+            buckets = self._buckets(configs[0].native_size) if request.size else ()
             plan = plan_generation(
-                job.request, *configs, buckets=buckets, formulation=models.base.formulation
+                request, *configs, buckets=buckets, formulation=models.base.formulation
             )
+            assert isinstance(plan.request, GenerateRequest)
+            self._few_steps.check(plan.request, files)
         except SdxlError as error:
             if not job.where or str(error).startswith(job.where):
                 raise
             raise type(error)(f"{job.where}: {error}") from error
-        return Settled(job=job, files=files, plan=plan, models=models)
+        return Settled(job=replace(job, request=request), files=files, plan=plan, models=models)
 
     def settle_all(self, jobs: Iterable[Job]) -> list[Settled]:
         """Settle all jobs; those of one model follow each other, otherwise the order stays.

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from sdxl_cli.checkpoint.files import ModelFiles
+from sdxl_cli.checkpoint.identify import Prediction
 from sdxl_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def settled(
     report: Reporter,
     *,
     prediction: Literal["auto", "eps", "v", "x0"] = "auto",
+    usual: Prediction | None = None,
     zero_terminal_snr: bool | None = None,
 ) -> ModelFiles:
     """The same files, with the prediction type and the terminal SNR that will be used.
@@ -27,13 +29,15 @@ def settled(
         files: what is known of the model.
         report: is told when either is not SDXL's own.
         prediction: what the user says; ``auto`` follows the file.
+        usual: what such a model predicts, where the file says nothing that is not SDXL's own.
         zero_terminal_snr: what the user says; None follows the file.
 
     Raises:
         UsageError: zero terminal SNR was asked of a model that predicts the noise.
     """
     stated = files.identity
-    said = stated.prediction if prediction == "auto" else prediction
+    known = usual if usual is not None and stated.prediction == "eps" else stated.prediction
+    said = known if prediction == "auto" else prediction
     zero = zero_terminal_snr
     if zero and said == "eps":
         raise UsageError(
