@@ -76,7 +76,7 @@ def stated(
     sets: Sequence[str] = (),
     flags: Mapping[str, object] | None = None,
 ) -> frozenset[str]:
-    """The keys of ``cls`` that any of these gives a value, tables as a whole; arguments are those of :func:`layered`."""
+    """The keys of ``cls`` that any of these gives a value; arguments are those of :func:`layered`."""
     return frozenset(_merged(cls, preset, config, sets, flags or {}))
 
 

@@ -122,9 +122,7 @@ class Workshop:
             request = self._few_steps(job.request, files, job.stated)
             configs = [model.config for model in files]
             buckets = self._buckets(configs[0].native_size) if request.size else ()
-            plan = plan_generation(
-                request, *configs, buckets=buckets, formulation=models.base.formulation
-            )
+            plan = plan_generation(request, *configs, buckets=buckets, formulation=models.base.formulation)
             assert isinstance(plan.request, GenerateRequest)
             self._few_steps.check(plan.request, files)
         except SdxlError as error:

@@ -186,9 +186,7 @@ def test_every_row_agrees_with_itself(family: Any) -> None:
     ],
 )
 def test_consistency_models_walk_the_timesteps_of_their_pages(name: str, settings: dict[str, Any]) -> None:
-    scheduler: Any = diffusers.LCMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-    )
+    scheduler: Any = diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scheduler.set_timesteps(**settings)
     request = FewSteps((), Heard())(GenerateRequest(prompt="x"), [files(name)])
     assert plan_generation(request, SDXL_BASE).timesteps == scheduler.timesteps.tolist()
