@@ -100,6 +100,8 @@ def test_playground_is_no_sdxl_schedule(manifest: Manifest) -> None:
     [
         ({}, {"modelspec.prediction_type": "epsilon"}, "eps"),
         ({}, {"modelspec.prediction_type": "v"}, "v"),
+        ({}, {"modelspec.prediction_type": "sample"}, "x0"),
+        ({"ztsnr": (0,)}, {}, "eps"),
         ({"v_pred": (0,)}, {}, "v"),
         ({"v_pred": (0,), "ztsnr": (0,)}, {}, "v"),
     ],

@@ -51,9 +51,9 @@ def test_the_targets_are_noise_and_velocity(peer: DDPMScheduler, latent: Tensor,
     torch.testing.assert_close(velocity, peer.get_velocity(latent, noise, LEVELS), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_a_network_that_says_the_target_denoises_perfectly(
-    prediction: Literal["eps", "v"], latent: Tensor, noise: Tensor
+    prediction: Literal["eps", "v", "x0"], latent: Tensor, noise: Tensor
 ) -> None:
     target = add_noise(latent, noise, SIGMAS, prediction, 0.0).target
     sigma = SIGMAS.view(-1, 1, 1, 1)
@@ -82,6 +82,12 @@ def test_min_snr_weights_are_those_of_diffusers_training_scripts(
     capped = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1).values
     expected = capped / (snr if prediction == "eps" else snr + 1)
     torch.testing.assert_close(min_snr_weight(prediction, SIGMAS, 5.0), expected, rtol=1e-4, atol=0)
+
+
+def test_min_snr_weights_of_x0_are_those_of_eps_times_snr() -> None:
+    """The squared errors of x0 and eps differ by the factor SNR, whatever the network says."""
+    x0, eps = (min_snr_weight(name, SIGMAS, 5.0) for name in ("x0", "eps"))
+    torch.testing.assert_close(x0, eps / SIGMAS.square())
 
 
 def test_min_snr_off_weighs_all_levels_alike() -> None:

@@ -90,9 +90,20 @@ def test_the_written_model_is_the_average(request_: UNetRequest) -> None:
     assert not torch.equal(written[name], state[f"weights.{name}"])
 
 
-def test_the_prediction_is_written_down(request_: UNetRequest) -> None:
-    result = train_unet(replace(request_, config=unet_config(prediction="v", max_steps=1)))
-    assert locate(str(result.path), "base").prediction == "v"
+@pytest.mark.parametrize(
+    ("prediction", "zero", "keys"),
+    [("v", False, {"v_pred"}), ("v", True, {"v_pred", "ztsnr"}), ("x0", False, set())],
+)
+def test_the_prediction_is_written_down(
+    request_: UNetRequest, prediction: Any, zero: bool, keys: set[str]
+) -> None:
+    """By metadata, and by the tensors other programs look for."""
+    config = unet_config(prediction=prediction, zero_terminal_snr=zero, max_steps=1)
+    result = train_unet(replace(request_, config=config))
+    files = locate(str(result.path), "base")
+    assert (files.prediction, files.identity.zero_terminal_snr) == (prediction, zero)
+    assert tensors(result.path).keys() & {"v_pred", "ztsnr"} == keys
+    assert files.identity.ignored == ()
 
 
 def test_the_written_model_has_the_scale_of_the_autoencoder_it_was_trained_with(

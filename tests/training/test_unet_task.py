@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sdxl_cli.data.loader import Batch, Latents
 from sdxl_cli.diffusion.schedule import sigma_table
+from sdxl_cli.errors import UsageError
 from sdxl_cli.model.conditioning import Conditioning, TextFeatures
 from sdxl_cli.model.embedding import sinusoidal
 from sdxl_cli.model.sdxl import SDXL
@@ -102,6 +103,19 @@ def test_the_loss_follows_from_what_the_network_was_given(prediction: Any, gamma
     assert loss == pytest.approx(float((weights * errors).mean()), rel=1e-3)
     assert metrics["images"] == 3.0
     assert metrics["mse"] == pytest.approx(float(errors.mean()), rel=1e-3)
+
+
+def test_with_zero_terminal_snr_the_last_level_is_pure_noise() -> None:
+    config = unet_config(prediction="v", zero_terminal_snr=True, timestep_min=999, min_snr_gamma=0.0)
+    task, recorder = make_task(config)
+    loss, _ = run(task)
+    seen = recorder.seen[0].network_input
+    assert float((seen * LATENT).mean() / LATENT.square().mean()) < 0.2
+    # there v is the latent with the sign turned
+    error = (recorder.answer + LATENT).square().mean()
+    assert loss == pytest.approx(float(error), rel=3e-3)
+    with pytest.raises(UsageError, match="zero_terminal_snr needs prediction"):
+        unet_config(zero_terminal_snr=True)
 
 
 def test_levels_stay_within_what_was_asked_and_reach_both_ends() -> None:
