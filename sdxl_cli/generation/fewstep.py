@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -97,7 +97,7 @@ FAMILIES = (
         steps=1,
         sampler="lcm",
         samplers=("lcm", "tcd"),
-        scheduler="lcm",
+        scheduler="auto",
         schedulers=LCM_GRIDS,
         more={"timesteps": "800"},
     ),
@@ -127,7 +127,7 @@ FAMILIES = (
         steps=1,
         sampler="lcm",
         samplers=("lcm",),
-        scheduler="lcm",
+        scheduler="auto",
         schedulers=LCM_GRIDS,
         more={"timesteps": "399"},
     ),
@@ -268,7 +268,7 @@ class FewSteps:
         if given.intersection(("timesteps", "sigmas", "steps", "scheduler")):
             given.add("timesteps")  # it would take the place of these
         chosen = {name: value for name, value in found.defaults(files[0]).items() if name not in given}
-        kept = [name for name in found.defaults(files[0]) if name not in chosen and name in _fields(given)]
+        kept = [name for name in found.defaults(files[0]) if name in self._stated]
         self._say(self._report.note, f"{described(found, chosen)}{_as_given(request, kept)}")
         request = replace(request, **chosen)
         if request.prediction == "auto" and found.family.prediction == files[0].prediction:
@@ -318,9 +318,7 @@ def clashes(found: FewStep, request: SamplingRequest, *, has_refiner: bool) -> l
         warnings.append(f"--sampler {request.sampler}: {label} needs {' or '.join(family.samplers)}")
     custom = request.timesteps is not None or request.sigmas is not None
     if request.scheduler not in family.schedulers and not custom:
-        warnings.append(
-            f"--scheduler {request.scheduler}: {label} knows only the noise levels of {family.scheduler}"
-        )
+        warnings.append(f"--scheduler {request.scheduler}: {label} is made for {_suited(family)}")
     if has_refiner:
         warnings.append(
             f"--refiner: {label} takes away most of the noise in its last step, which leaves a refiner little or "
@@ -329,13 +327,13 @@ def clashes(found: FewStep, request: SamplingRequest, *, has_refiner: bool) -> l
     return warnings
 
 
+def _suited(family: Family) -> str:
+    return family.schedulers[0] if family.scheduler == "auto" else family.scheduler
+
+
 def _as_given(request: GenerateRequest, names: Sequence[str]) -> str:
     words = ", ".join(f"{_flag(name)} {_short(getattr(request, name))}" for name in names)
     return f"; as you said: {words}" if words else ""
-
-
-def _fields(given: Collection[str]) -> set[str]:
-    return {spec.name for spec in fields(GenerateRequest)} & set(given)
 
 
 def _flag(name: str) -> str:
