@@ -167,7 +167,7 @@ def command(
     lines, axes = working.read_prompts(prompts_file, names), parse_sweeps(sweep or (), names)
     onlooker = working.look_on(given, console)
     few_steps = FewSteps(_stated(given), console)
-    shop = Workshop(lambda asked: _locate(asked, console), _buckets, few_steps, onlooker)
+    shop = Workshop(lambda asked: _locate(asked, console), _buckets, onlooker, few_steps)
     worker = working.Worker(given, console, onlooker, shop)
     if interactive:
         return working.converse(worker, request, names)

@@ -99,11 +99,11 @@ class Workshop:
         self,
         locate: Callable[[GenerateRequest], list[ModelFiles]],
         buckets: Callable[[int], Sequence[Size]],
-        few_steps: FewSteps,
         report: Reporter,
+        few_steps: FewSteps | None = None,
     ) -> None:
         """How to find a request's files, the trained sizes of a model of some native size, for ratios, and what
-        becomes of requests for few-step models.
+        becomes of requests for few-step models; None: nothing.
         """
         self._few_steps = few_steps
         self._locate, self._buckets, self._report = locate, buckets, report
@@ -119,12 +119,14 @@ class Workshop:
         try:
             require_prompts_fit(job.request)
             files, models = self._open(job.request)
-            request = self._few_steps(job.request, files, job.stated)
+            request = job.request
+            if self._few_steps is not None:
+                request = self._few_steps(request, files, job.stated)
             configs = [model.config for model in files]
             buckets = self._buckets(configs[0].native_size) if request.size else ()
             plan = plan_generation(request, *configs, buckets=buckets, formulation=models.base.formulation)
-            assert isinstance(plan.request, GenerateRequest)
-            self._few_steps.check(plan.request, files)
+            if self._few_steps is not None and isinstance(plan.request, GenerateRequest):
+                self._few_steps.check(plan.request, files)
         except SdxlError as error:
             if not job.where or str(error).startswith(job.where):
                 raise

@@ -185,7 +185,7 @@ def _refined(
     path = _source(picture, stored.raw.get("source"), None)
     (weights,) = open_weights([locate(request)], request, report)
     pixels = fit_to_model(read_pixels(path), size_multiple(weights.config), path.name, report)
-    plan = plan_refinement(request, (pixels.shape[0], pixels.shape[1]))
+    plan = plan_refinement(request, (pixels.shape[0], pixels.shape[1]), weights.formulation)
     result = refine(plan, pixels, weights, report)
     made = record(plan, Models(base=weights), result.seed, kind="refine", source=source_record(path))
     return result.pixels, made
