@@ -192,6 +192,7 @@ def test_consistency_models_walk_the_timesteps_of_their_pages(name: str, setting
     assert plan_generation(request, SDXL_BASE).timesteps == scheduler.timesteps.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_lightning_walks_trailing_timesteps(steps: int) -> None:
     scheduler: Any = diffusers.EulerDiscreteScheduler(
