@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +23,7 @@ from sdxl_cli.checkpoint.layouts import (
     vae_to_original,
 )
 from sdxl_cli.checkpoint.opening import open_files
-from sdxl_cli.checkpoint.tensor_file import Joined, Renamed, TensorFile, Tensors
+from sdxl_cli.checkpoint.tensor_file import DTYPES, Joined, Renamed, TensorFile, Tensors
 from sdxl_cli.checkpoint.vocabulary import Expanded
 from sdxl_cli.errors import FileError
 from sdxl_cli.model.config import ALL_PARTS, PREFIXES, ModelConfig, Part
@@ -95,6 +96,13 @@ def load_model(
 def load_vae(files: ModelFiles, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Autoencoder:
     """Load the autoencoder alone, from a whole model or a VAE's own file; see :func:`load_model`."""
     return load_model(files, _VAE_ONLY, dtype=dtype, vae_dtype=dtype, device=device).vae
+
+
+def stored_dtype(files: ModelFiles, part: Part) -> torch.dtype:
+    """The floating-point type that most tensors of a part are stored in."""
+    tensors = open_tensors(files)
+    names = [DTYPES[tensors.dtypes[name]] for name in tensors.shapes if name.startswith(PREFIXES[part])]
+    return Counter(dtype for dtype in names if dtype.is_floating_point).most_common(1)[0][0]
 
 
 def open_tensors(files: ModelFiles, reader: Callable[[Path], Tensors] = TensorFile) -> Tensors:

@@ -266,6 +266,23 @@ VaeDtype = Annotated[
     ),
 ]
 
+Vram = Annotated[
+    str | None,
+    typer.Option(
+        help="What stays loaded: high all, med one part at a time, low of the U-Net one block; or auto.",
+        metavar="NAME",
+        rich_help_panel=MACHINE,
+    ),
+]
+VaeTiling = Annotated[
+    bool | None,
+    typer.Option(
+        "--vae-tiling/--no-vae-tiling",
+        help="Autoencoder in overlapping tiles: less memory; it is tried by itself when memory runs out.",
+        rich_help_panel=MACHINE,
+    ),
+]
+
 Output = Annotated[
     str | None,
     typer.Option(

@@ -17,6 +17,8 @@ from sdxl_cli.console import plain_table
 from sdxl_cli.errors import FileError, SdxlError, UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sdxl_cli.console import Console
     from sdxl_cli.generation.batchfile import Line
     from sdxl_cli.generation.jobs import Job, Settled, Workshop
@@ -116,6 +118,7 @@ class Worker:
 
     def work(self, settled: Settled, place: Target, label: str = "") -> dict[str, object]:
         """Make, write and name every picture of a job as soon as it is there; returns what ``--json`` says."""
+        from sdxl_cli.generation.latents import save_latents
         from sdxl_cli.generation.observe import stage
         from sdxl_cli.generation.picture import Texts
         from sdxl_cli.generation.pipeline import generate, record
@@ -131,9 +134,17 @@ class Worker:
         started, pictures, paths = time.perf_counter(), [], []
         bare = self.given["no_metadata"]
         source = None if bare else source_of(plan.request)
-        for picture in generate(plan, models, self.onlooker):
+
+        def texts_of(seed: int, tile: int | None = None) -> Texts:
+            return record(plan, models, seed, source=source, tile=tile).texts()
+
+        def keep(latent: Tensor, seed: int) -> Path:
+            name = place.file.stem if place.file else place.prefix
+            return save_latents(place.folder, f"{name}-{seed}", latent, texts_of(seed))
+
+        for picture in generate(plan, models, self.onlooker, keep=keep):
             with stage(self.onlooker, "save"):
-                texts = Texts() if bare else record(plan, models, picture.seed, source=source).texts()
+                texts = Texts() if bare else texts_of(picture.seed, picture.tile)
                 path = place.save(picture.pixels, picture.seed, texts)
             self.console.print_result(str(path))
             pictures.append({"path": path, "seed": picture.seed})

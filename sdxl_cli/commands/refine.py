@@ -91,6 +91,8 @@ def command(
     device: flags.Device = None,
     dtype: flags.Dtype = None,
     vae_dtype: flags.VaeDtype = None,
+    vram: flags.Vram = None,
+    vae_tiling: flags.VaeTiling = None,
     output: flags.Output = None,
     overwrite: flags.Overwrite = False,
     no_metadata: flags.NoMetadata = False,

@@ -27,6 +27,7 @@ LIGHT_FIELDS = frozenset({
     "invert_mask", "mask_blur", "mask_content", "only_masked", "mask_padding", "outpaint",
     "refiner_mode", "refiner_strength", "hires_scale", "hires_steps", "hires_denoising_strength", "hires_upscaler",
     "negative_prompt_2", "empty_negative", "cfg_rescale", "cfg_interval", "cfg_schedule", "adm_scale",
+    "vae_tiling",
 })  # fmt: skip
 """Fields that another value of needs no other weights. A field that is not listed makes a model load again: slow
 when it need not have been, never wrong."""

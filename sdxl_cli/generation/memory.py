@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.read import open_tensors
+from sdxl_cli.checkpoint.vocabulary import Expanded
+from sdxl_cli.generation.streaming import streamed_bytes
 from sdxl_cli.generation.weights import Weights
-from sdxl_cli.model.config import ALL_PARTS, PREFIXES, Part
+from sdxl_cli.model.config import ALL_PARTS, PREFIXES, ModelConfig, Part
 from sdxl_cli.model.sdxl import SDXL
 
 _UNET: tuple[Part, ...] = ("unet",)
@@ -79,7 +81,7 @@ class Needs:
 def part_bytes(files: ModelFiles, dtype: torch.dtype, vae_dtype: torch.dtype) -> dict[Part, int]:
     """Bytes of the weights by part, in these precisions; read from the files' tables of contents."""
     counts = dict.fromkeys(ALL_PARTS, 0)
-    for name, shape in open_tensors(files).shapes.items():
+    for name, shape in Expanded(open_tensors(files), files.config).shapes.items():
         for part in ALL_PARTS:
             if name.startswith(PREFIXES[part]):
                 counts[part] += math.prod(shape)
@@ -112,13 +114,22 @@ def estimate(
         with torch.inference_mode(), LiveBytes() as seen:
             unet(x, timesteps, context, vector)
         work["unet"] = seen.peak
-        if decodes:
-            vae = SDXL(config, _VAE).vae.to(weights.vae_dtype).eval().requires_grad_(False)
-            latent = torch.empty(1, config.vae.z_channels, height, width, dtype=weights.vae_dtype)
-            with torch.inference_mode(), LiveBytes() as seen:
-                vae.decode(latent)
-            work["vae"] = seen.peak
+    if decodes:
+        work["vae"] = decoding_bytes(config, size, weights.vae_dtype)
     held = part_bytes(files, weights.dtype, weights.vae_dtype)
+    if weights.streams:
+        held["unet"] = streamed_bytes(config.unet, weights.dtype)
     if not decodes:
         del held["vae"]
     return Needs(held, work)
+
+
+def decoding_bytes(config: ModelConfig, size: tuple[int, int], dtype: torch.dtype) -> int:
+    """What decoding a picture of (height, width) pixels in one piece needs, beside the autoencoder's weights."""
+    height, width = (side // config.vae.downsampling for side in size)
+    with torch.device("meta"):
+        vae = SDXL(config, _VAE).vae.to(dtype).eval().requires_grad_(False)
+        latent = torch.empty(1, config.vae.z_channels, height, width, dtype=dtype)
+        with torch.inference_mode(), LiveBytes() as seen:
+            vae.decode(latent)
+    return seen.peak

@@ -167,8 +167,20 @@ def read_record(path: Path) -> Stored | None:
         FileError: the file is missing, is no picture, or its JSON is damaged or of a later version.
     """
     text = read_texts(path).record
-    if not text:
-        return None
+    return parse_record(text, path) if text else None
+
+
+def parse_record(text: str, path: Path) -> Stored:
+    """Read our JSON.
+
+    Args:
+        text: as in the file.
+        path: the file, for messages.
+
+    Raises:
+        FileError: it is damaged, or of a later version.
+        UsageError: it is that of a grid.
+    """
     try:
         values = json.loads(text)
         kind, version = values["kind"], values["format"]

@@ -32,6 +32,8 @@ class ModelOutline:
     needs: Needs
     stays: bool
     """Whether its parts stay loaded together; otherwise they take turns."""
+    streams: bool
+    """Whether of its U-Net one block is loaded at a time."""
 
     @property
     def peak(self) -> int:
@@ -100,6 +102,8 @@ class Outline:
                 beside = f", about {format_bytes(work)} while it works" if work else ""
                 rows.append((f"  {_PART_NAMES[part]}", f"{format_bytes(count)} of weights{beside}"))
         how = "all parts stay loaded" if all(model.stays for model in self.models) else "parts take turns"
+        if any(model.streams for model in self.models):
+            how += ", and so do the blocks of the U-Net"
         return [*rows, ("memory", f"about {format_bytes(self.peak)} at the most; {how}")]
 
 
@@ -160,4 +164,5 @@ def _model(
         parameters=files.identity.parameters,
         needs=needs,
         stays=weights.stays,
+        streams=weights.streams,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sdxl_cli.diffusion.guidance import Guided
 from sdxl_cli.diffusion.noise import NoiseStreams
-from sdxl_cli.generation.autoencode import decode, encode, to_image
+from sdxl_cli.generation.autoencode import to_image
 from sdxl_cli.generation.checks import FiniteWatch
 from sdxl_cli.generation.device import NAMES, describe
 from sdxl_cli.generation.embeddings import sha256
@@ -24,6 +25,7 @@ from sdxl_cli.generation.picture import Pixels
 from sdxl_cli.generation.plan import Expert, Plan
 from sdxl_cli.generation.prompt import Tokenizer
 from sdxl_cli.generation.request import GenerateRequest, SamplingRequest, token_counts, unmentioned
+from sdxl_cli.generation.rescue import Keep, decode_safely, encode_safely, memory_limit
 from sdxl_cli.generation.start import PLAIN, Held, Source, Start, encode_source
 from sdxl_cli.generation.weights import Weights, lora_records
 
@@ -80,20 +82,32 @@ class Picture:
     pixels: Pixels
     """RGB [H, W, 3], uint8."""
     seed: int
+    tile: int | None = None
+    """Side of the tiles it was decoded in, in latents; None: as a whole."""
 
 
 @torch.inference_mode()
-def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
+def generate(plan: Plan, models: Models, report: Reporter, *, keep: Keep | None = None) -> Iterator[Picture]:
     """Make the pictures of a plan, one seed after the other.
 
     Args:
         plan: made by ``plan_generation`` for these models.
         models: their parts are loaded when their turn comes: text encoders, U-Net, (refiner,) autoencoder.
         report: hears of progress, and of words the model never saw.
+        keep: saves latents whose decoding ran out of memory, before anything else is tried.
 
     Raises:
         NumericError: a stage gave NaN or infinity; the text names the stage and the step.
+        MemoryLimitError: it does not fit in memory, after every fallback.
     """
+    with memory_limit(plan.passes[-1].framing.size, _batch(plan.request, models.base)):
+        for runs in _waves(plan, models, report):
+            yield from _finished(runs, plan, models, report, keep)
+    models.release()
+
+
+def _waves(plan: Plan, models: Models, report: Reporter) -> Iterator[list[Run]]:
+    """The pictures in groups that are carried together through all passes, denoised."""
     request = plan.request
     assert isinstance(request, GenerateRequest)
     prompts = {}
@@ -104,7 +118,7 @@ def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
             weights.release()
     tell_of_prompts(request, models.base, report)
     with stage(report, "vae"):
-        source = encode_source(plan, models.base)
+        source = encode_source(plan, models.base, report)
     seeds = [request.seed + index for index in range(request.num_images)]
     batch = _batch(request, models.base)
     stay = all(weights.stays for name, weights in models.named().items() if name in prompts)
@@ -121,14 +135,41 @@ def generate(plan: Plan, models: Models, report: Reporter) -> Iterator[Picture]:
                 for run in runs:
                     run.advance(models.named()[name], texts, steps, report)
         models.release()
-        for run in runs:
-            for seed, latent in zip(run.seeds, run.latents, strict=True):
-                with stage(report, "vae"):
-                    pixels = decode(latent[None], models.base)
-                if plan.canvas is not None:
-                    pixels = plan.canvas.finish(pixels)
-                yield Picture(pixels, seed)
-    models.release()
+        yield runs
+
+
+def _finished(
+    runs: list[Run], plan: Plan, models: Models, report: Reporter, keep: Keep | None
+) -> Iterator[Picture]:
+    """Decode what was denoised; when memory runs out, all that is not decoded yet is saved first."""
+    waiting = [
+        (seed, latent[None]) for run in runs for seed, latent in zip(run.seeds, run.latents, strict=True)
+    ]
+    saved: list[Path] = []
+
+    def before_retry() -> str:
+        models.forget()
+        if keep is not None and not saved:
+            saved.extend(keep(latent, seed) for seed, latent in waiting)
+        names = ", ".join(str(path) for path in saved)
+        return f"; the latents are saved as {names}, for sdxl decode" if saved else ""
+
+    tile: int | None = None
+    while waiting:
+        seed, latent = waiting[0]
+        with stage(report, "vae"):
+            pixels, tile = decode_safely(
+                latent,
+                models.base,
+                report,
+                tiling=plan.request.vae_tiling,
+                before_retry=before_retry,
+                tile=tile,
+            )
+        if plan.canvas is not None:
+            pixels = plan.canvas.finish(pixels)
+        waiting.pop(0)
+        yield Picture(pixels, seed, tile)
 
 
 @torch.inference_mode()
@@ -150,13 +191,13 @@ def refine(plan: Plan, pixels: Pixels, weights: Weights, report: Reporter) -> Pi
     weights.release()
     streams = NoiseStreams([plan.request.seed])
     with stage(report, "vae"):
-        source = Source(vae=weights.config.vae, picture=encode(to_image(pixels), weights))
+        moments = encode_safely(to_image(pixels), weights, report, tiling=plan.request.vae_tiling)
+        source = Source(vae=weights.config.vae, picture=moments)
     run = Run(plan, [plan.request.seed], streams, source.start(plan, streams).to(weights.device))
     weights.release()
     run.advance(weights, prompts, plan.steps, report)
     weights.release()
-    with stage(report, "vae"):
-        picture = Picture(decode(run.latents, weights), plan.request.seed)
+    (picture,) = _finished([run], plan, Models(base=weights), report, None)
     weights.release()
     return picture
 
@@ -227,8 +268,8 @@ def continued(run: Run, plan: Plan, number: int, weights: Weights, report: Repor
     with stage(report, "vae"):
         if plan.framing.size != run.plan.framing.size:
             assert isinstance(plan.request, GenerateRequest)
-            latents = enlarged(run.latents, plan.framing.size, plan.request.hires_upscaler, weights, streams)
-        source = encode_source(plan, weights)
+            latents = enlarged(run.latents, plan, plan.request.hires_upscaler, weights, streams, report)
+        source = encode_source(plan, weights, report)
     start = source.start(plan, streams, latents, run.start.held and run.start.held.to(torch.device("cpu")))
     return Run(plan, run.seeds, streams, start.to(weights.device))
 
@@ -250,7 +291,13 @@ def tell_of_prompts(request: SamplingRequest, weights: Weights, report: Reporter
 
 
 def record(
-    plan: Plan, models: Models, seed: int, *, kind: Kind = "generate", source: Mapping[str, Any] | None = None
+    plan: Plan,
+    models: Models,
+    seed: int,
+    *,
+    kind: Kind = "generate",
+    source: Mapping[str, Any] | None = None,
+    tile: int | None = None,
 ) -> Record:
     """What the picture of ``seed`` remembers of how it was made.
 
@@ -259,7 +306,8 @@ def record(
         models: who ran it. Hashing a large file for the first time takes seconds.
         seed: the picture's.
         kind: ``generate`` or ``refine``.
-        source: for a refined picture, what it was made from.
+        source: for a picture made from another, what that was.
+        tile: side of the tiles it was decoded in, in latents.
     """
     request = replace(plan.request, seed=seed)
     if isinstance(request, GenerateRequest):
@@ -279,6 +327,8 @@ def record(
         "prediction": str(main.formulation),
         "steps": plan.split(),
     }
+    if tile is not None:
+        run["vae_tile"] = str(tile)
     return Record(
         kind=kind,
         request=request,
@@ -291,13 +341,15 @@ def record(
     )
 
 
-def _batch(request: GenerateRequest, weights: Weights) -> int:
+def _batch(request: SamplingRequest, weights: Weights) -> int:
     """How many pictures are denoised together: on a CPU one, on an accelerator as many as asked for.
 
     Kernels choose their order of summation by the size of the batch. One by one, a picture made on the CPU has the
     same bits whatever it is made along with, and a CPU gains nothing from larger batches.
     """
-    return 1 if weights.device.type == "cpu" else request.batch_size
+    if weights.device.type == "cpu" or not isinstance(request, GenerateRequest):
+        return 1
+    return request.batch_size
 
 
 def _groups(seeds: Sequence[int], size: int) -> Iterator[Sequence[int]]:

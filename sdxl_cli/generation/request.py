@@ -33,6 +33,7 @@ ResizeMode = Literal["crop", "pad", "stretch", "fit"]
 MaskContent = Literal["original", "noise"]
 Upscaler = Literal["latent", "lanczos"]
 RefinerMode = Literal["ensemble", "sdedit"]
+Vram = Literal["auto", "high", "med", "low"]
 RANDOM_SEED = -1
 LARGEST_SEED = 2**32 - 1
 """Seeds drawn for ``-1`` are below this, so that other front ends can be given them."""
@@ -153,6 +154,10 @@ class SamplingRequest:
     device: str = "auto"
     dtype: Precision = "auto"
     vae_dtype: Precision = "auto"
+    vram: Vram = "auto"
+    """How much stays loaded: ``high`` all, ``med`` one part at a time, ``low`` of the U-Net one block."""
+    vae_tiling: bool = False
+    """Decode and encode in overlapping tiles from the start; they come by themselves when memory runs out."""
 
     def __post_init__(self) -> None:
         self._take_lora_tags()

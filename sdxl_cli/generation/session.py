@@ -12,6 +12,7 @@ import numpy as np
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.errors import UsageError
+from sdxl_cli.generation import residency
 from sdxl_cli.generation.device import describe, pick_device, pick_dtype, pick_vae_dtype
 from sdxl_cli.generation.lora import wear_loras
 from sdxl_cli.generation.metadata import Stored
@@ -19,7 +20,7 @@ from sdxl_cli.generation.picture import Pixels, read_texts
 from sdxl_cli.generation.pipeline import Models, Reporter
 from sdxl_cli.generation.request import GenerateRequest, SamplingRequest
 from sdxl_cli.generation.sizes import format_size
-from sdxl_cli.generation.weights import FileWeights, can_stay
+from sdxl_cli.generation.weights import FileWeights
 
 
 def open_weights(
@@ -33,10 +34,20 @@ def open_weights(
     """
     device = pick_device(request.device)
     dtype, vae_dtype = pick_dtype(request.dtype, device), pick_vae_dtype(request.vae_dtype, device)
-    stays = can_stay(models, device, dtype)
+    vram = residency.choose(request.vram, models, device, dtype, vae_dtype)
     report.note(f"runs on {describe(device)} in {str(dtype).removeprefix('torch.')}")
+    roles = dict(zip(("base", "refiner"), models, strict=False))
+    report.note(residency.describe(vram, roles, dtype, vae_dtype))
     weights = [
-        FileWeights(files, device=device, dtype=dtype, vae_dtype=vae_dtype, stays=stays, report=report)
+        FileWeights(
+            files,
+            device=device,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            stays=vram == "high",
+            streams=vram == "low",
+            report=report,
+        )
         for files in models
     ]
     wear_loras(weights, request, report)

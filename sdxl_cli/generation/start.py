@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from sdxl_cli.diffusion.noise import NoiseStreams
-from sdxl_cli.generation.autoencode import encode, to_image
+from sdxl_cli.generation.autoencode import to_image
 from sdxl_cli.generation.mask import to_latent
 from sdxl_cli.generation.plan import Plan
 from sdxl_cli.generation.request import MaskContent
+from sdxl_cli.generation.rescue import Listener, encode_safely
 from sdxl_cli.generation.weights import Weights
 from sdxl_cli.model.config import VAEConfig
 from sdxl_cli.model.vae import Moments
@@ -127,19 +128,24 @@ def from_noise(noise: Tensor, sigma: Tensor) -> Tensor:
     return noise * (1 + sigma.square()).sqrt()
 
 
-def encode_source(plan: Plan, weights: Weights) -> Source:
+def encode_source(plan: Plan, weights: Weights, report: Listener) -> Source:
     """Encode what a plan starts from; loads the autoencoder only when there is something to encode.
 
     Raises:
         NumericError: the autoencoder gave NaN or infinity.
+        MemoryLimitError: it does not fit, in tiles neither.
     """
     canvas, config = plan.canvas, weights.config
+
+    def encoded(image: Tensor) -> Moments:
+        return encode_safely(image, weights, report, tiling=plan.request.vae_tiling)
+
     height, width = plan.framing.size
     inpainting = config.unet.in_channels == INPAINTING
     if canvas is None:
         # an inpainting model is told that nothing is known
         blank = torch.zeros(1, 3, height, width)
-        return Source(vae=config.vae, remaining=encode(blank, weights) if inpainting else None)
+        return Source(vae=config.vae, remaining=encoded(blank) if inpainting else None)
     image, repaint, covered = to_image(canvas.pixels), None, torch.ones(height, width, dtype=torch.bool)
     if canvas.repaint is not None:
         repaint, covered = (
@@ -148,8 +154,8 @@ def encode_source(plan: Plan, weights: Weights) -> Source:
         )
     return Source(
         vae=config.vae,
-        picture=encode(image, weights),
+        picture=encoded(image),
         repaint=repaint,
-        remaining=encode(image * ~covered, weights) if inpainting else None,
+        remaining=encoded(image * ~covered) if inpainting else None,
         content=plan.mask_content,
     )

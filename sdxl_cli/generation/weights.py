@@ -10,18 +10,16 @@ import torch
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.lora import LoraMerge, WornLora
-from sdxl_cli.checkpoint.read import load_model
+from sdxl_cli.checkpoint.read import load_model, stored_dtype
 from sdxl_cli.diffusion.formulation import Formulation
 from sdxl_cli.generation.metadata import LoraRecord, ModelRecord
 from sdxl_cli.generation.observe import stage
+from sdxl_cli.generation.streaming import stream
 from sdxl_cli.model.conditioning import Conditioner
 from sdxl_cli.model.config import ModelConfig, Part
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.unet import UNet
 from sdxl_cli.model.vae import Autoencoder
-
-_SMALL = 2 << 30
-"""Bytes of weights that stay in a computer's memory from picture to picture."""
 
 
 class Weights(Protocol):
@@ -37,6 +35,8 @@ class Weights(Protocol):
     """What the text encoders know, once they were asked for; None: every token."""
     stays: bool
     """Whether parts remain loaded, so that going back to one costs nothing."""
+    streams: bool
+    """Whether of the U-Net one block is loaded at a time."""
     loras: Sequence[WornLora]
     """What changes the weights, in order."""
 
@@ -76,14 +76,19 @@ class FileWeights:
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
         stays: bool = False,
+        streams: bool = False,
         report: object = None,
     ) -> None:
-        """``report``, when it is an observer, sees how long reading takes."""
+        """``report``, when it is an observer, sees how long reading takes.
+
+        Two flags say what is in memory: with ``stays`` every part, once loaded; with ``streams`` of the U-Net one
+        block, while it is computed.
+        """
         self._report = report
         self.files, self.config = files, files.config
         self.formulation = Formulation(files.prediction, files.identity.zero_terminal_snr)
         self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
-        self.stays = stays
+        self.stays, self.streams = stays, streams
         self.known_token_ids: frozenset[int] | None = None
         self.loras: Sequence[WornLora] = ()
         self._loaded: dict[Part, SDXL] = {}
@@ -132,21 +137,34 @@ class FileWeights:
         if part not in self._loaded:
             self.release()
             with stage(self._report, "load"):
-                self._loaded[part] = load_model(
-                    self.files,
-                    (part,),
-                    dtype=self.dtype,
-                    vae_dtype=self.vae_dtype,
-                    device=self.device,
-                    merge=LoraMerge(self.loras) if self.loras else None,
-                )
+                self._loaded[part] = self._streamed() if self.streams and part == "unet" else self._load(part)
         return self._loaded[part]
+
+    def _load(self, part: Part, dtype: torch.dtype | None = None, device: torch.device | None = None) -> SDXL:
+        return load_model(
+            self.files,
+            (part,),
+            dtype=dtype or self.dtype,
+            vae_dtype=self.vae_dtype,
+            device=device or self.device,
+            merge=LoraMerge(self.loras) if self.loras else None,
+        )
+
+    def _streamed(self) -> SDXL:
+        """The U-Net as it is stored, which as pages of the file takes no memory, and its blocks on their way."""
+        stored = stored_dtype(self.files, "unet")
+        # numbers of one byte have scales beside them; what a LoRA adds would be rounded to what is stored
+        stored = self.dtype if self.loras or stored.itemsize == 1 else stored
+        model = self._load("unet", stored, torch.device("cpu"))
+        stream(model.unet, self.device, self.dtype)
+        return model
 
 
 class LoadedWeights:
     """A model in memory, such as one in training."""
 
     stays = True
+    streams = False
     loras: Sequence[WornLora] = ()
 
     def __init__(self, model: SDXL, name: str, *, formulation: Formulation | None = None) -> None:
@@ -192,12 +210,3 @@ def lora_records(loras: Sequence[WornLora], role: str) -> list[LoraRecord]:
         )
         for worn in loras
     ]
-
-
-def can_stay(models: Sequence[ModelFiles], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether all parts of all models may stay loaded: they take little room on this device."""
-    needed = sum(files.identity.parameters for files in models) * dtype.itemsize
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return needed <= free // 2
-    return needed <= _SMALL

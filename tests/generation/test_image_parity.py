@@ -82,7 +82,7 @@ def request_() -> GenerateRequest:
 def ours(request: GenerateRequest, weights: LoadedWeights) -> Tensor:
     plan = plan_generation(request, weights.config)
     streams = NoiseStreams([request.seed])
-    run = Run(plan, [request.seed], streams, encode_source(plan, weights).start(plan, streams))
+    run = Run(plan, [request.seed], streams, encode_source(plan, weights, Silent()).start(plan, streams))
     run.advance(weights, encode_prompts(request, weights), plan.steps, Silent())
     return run.latents
 
@@ -176,7 +176,7 @@ def test_an_inpainting_unet_makes_pictures_from_nothing(inpainting: LoadedWeight
     Image.new("L", (64, 64), "white").save("white.png")
     masked = plan_generation(replace(request, init_img="photo.png", mask="white.png"), inpainting.config)
     with torch.inference_mode():
-        blank, white = (encode_source(p, inpainting) for p in (plan, masked))
+        blank, white = (encode_source(p, inpainting, Silent()) for p in (plan, masked))
         assert ours(request, inpainting).isfinite().all()
     assert blank.remaining is not None
     assert white.remaining is not None

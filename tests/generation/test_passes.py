@@ -11,11 +11,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from sdxl_cli.diffusion.noise import NoiseStreams
-from sdxl_cli.generation.autoencode import decode
+from sdxl_cli.generation.autoencode import decode, encode, to_image
 from sdxl_cli.generation.encode import Prompts, encode_prompts, guided
 from sdxl_cli.generation.hires import enlarged, later_streams
 from sdxl_cli.generation.pipeline import Models, generate, started
@@ -42,7 +43,7 @@ def final(request: GenerateRequest, base: Path) -> Tensor:
     """The latents of a single pass."""
     model = weights(base)
     plan = plan_generation(request, model.config)
-    run = started(plan, [request.seed], model, encode_source(plan, model))
+    run = started(plan, [request.seed], model, encode_source(plan, model, Silent()))
     run.advance(model, encode_prompts(request, model), plan.steps, Silent())
     return run.latents
 
@@ -67,22 +68,30 @@ def test_the_larger_pass_is_noise_on_the_stretched_latents_and_the_last_steps(
     x = functional.interpolate(first, size=(12, 12), mode="bilinear")
     x = x + later_streams([5], 1).next((4, 12, 12)) * second.sigmas[0]
     prompts = encode_prompts(LARGER, model)
-    denoise = guided(model, prompts, second.framing, LARGER, second.schedule, batch=1)
+    denoise = guided(model, prompts, second.framing, LARGER, second.sigmas, batch=1)
     *_, x = second.sampler.steps(denoise, x, second.sigmas, NoiseStreams([0]))
     expected = decode(x, model)
     (picture,) = made(LARGER, models["base"])
     assert np.array_equal(picture.pixels, expected)
 
 
-def test_lanczos_enlarges_the_picture(models: dict[str, Path]) -> None:
-    """Each picture with its own noise: the company it is in changes nothing."""
+def test_lanczos_enlarges_each_picture_with_its_own_noise(models: dict[str, Path]) -> None:
     model = weights(models["base"])
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    both = enlarged(latents, (96, 80), "lanczos", model, later_streams([1, 2], 1))
-    assert both.shape == (2, 4, 12, 10)
+    (second,) = plan_generation(LARGER, model.config).after
+
+    def grown(values: Tensor, *seeds: int) -> Tensor:
+        return enlarged(values, second, "lanczos", model, later_streams(seeds, 1), Silent())
+
+    both = grown(latents, 1, 2)
+    assert both.shape == (2, 4, 12, 12)
     for index, seed in enumerate((1, 2)):
-        alone = enlarged(latents[index : index + 1], (96, 80), "lanczos", model, later_streams([seed], 1))
-        assert torch.equal(alone[0], both[index])
+        image = Image.fromarray(decode(latents[index : index + 1], model)).resize(
+            (96, 96), Image.Resampling.LANCZOS
+        )
+        moments = encode(to_image(np.asarray(image)), model)
+        expected = moments.sample(later_streams([seed], 1).next((4, 12, 12))) * BASE.vae.scale_factor
+        assert torch.equal(both[index], expected[0])
 
 
 @pytest.mark.parametrize("upscaler", ["latent", "lanczos"])
@@ -117,7 +126,7 @@ def test_the_refiner_as_a_pass_of_its_own(models: dict[str, Path]) -> None:
     (second,) = plan.after
     x = x + later_streams([5], 1).next((4, 8, 8)) * second.sigmas[0]
     prompts = encode_prompts(request, refiner)
-    denoise = guided(refiner, prompts, second.framing, request, second.schedule, batch=1)
+    denoise = guided(refiner, prompts, second.framing, request, second.sigmas, batch=1)
     *_, x = second.sampler.steps(denoise, x, second.sigmas, NoiseStreams([0]))
     (picture,) = generate(plan, Models(base=base, refiner=refiner), Silent())
     assert np.array_equal(picture.pixels, decode(x, base))
@@ -173,7 +182,7 @@ def test_the_two_experts_are_those_of_diffusers(switch: float) -> None:
     base, refiner = random_weights(BASE, 0), random_weights(REFINER, 1)
     request = replace(REQUEST, scheduler="trailing", steps=10, refiner_switch_at=switch)
     plan = plan_generation(request, base.config, refiner.config)
-    run = started(plan, [5], base, encode_source(plan, base))
+    run = started(plan, [5], base, encode_source(plan, base, Silent()))
     noise = NoiseStreams([5]).next((4, 8, 8))
     for model, steps in ((base, plan.base_steps), (refiner, plan.steps - plan.base_steps)):
         run.advance(model, encode_prompts(request, model), steps, Silent())

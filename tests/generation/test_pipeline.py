@@ -171,7 +171,7 @@ def test_the_refiner_continues_from_the_bases_latents_without_noise(models: dict
     assert (plan.base_steps, plan.steps) == (8, 10)
     report = Silent()
     with torch.inference_mode():
-        run = started(plan, [5], base, encode_source(plan, base))
+        run = started(plan, [5], base, encode_source(plan, base, Silent()))
         x = run.latents
         for model, steps in ((base, 8), (refiner, 2)):
             run.advance(model, encode_prompts(plan.request, model), steps, report)
@@ -202,7 +202,7 @@ def test_the_first_latents_have_the_originals_variance(models: dict[str, Path]) 
     """x = randn · sqrt(1 + sigma²), facts.md section 5, drawn on the CPU from the picture's own seed."""
     base = weights(models["base"])
     plan = plan_generation(REQUEST, base.config)
-    run = started(plan, [5, 6], base, encode_source(plan, base))
+    run = started(plan, [5, 6], base, encode_source(plan, base, Silent()))
     for latent, seed in zip(run.latents, (5, 6), strict=True):
         noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed))
         assert torch.allclose(latent, noise * (1 + plan.sigmas[0] ** 2) ** 0.5)
