@@ -18,7 +18,7 @@ class LMS(Sampler):
 
     name: str = "lms"
     label: str = "LMS"
-    grid: str = "sgm"
+    grid: str = "normal"
     order = 4
 
     solver_order: int = option(4, "slopes remembered, which is the order", low=1, high=4)
