@@ -39,7 +39,9 @@ def count_non_finite(tensor: Tensor) -> tuple[int, int]:
         return 0, 0
     nan = total = 0
     # in pieces: the masks of a whole table of embeddings would take more memory than the table
-    for numbers in tensor.contiguous().reshape(-1).view(bits.integer).split(_PIECE):
+    flat = tensor.contiguous().reshape(-1).view(bits.integer)
+    for start in range(0, len(flat), _PIECE):
+        numbers = flat[start : start + _PIECE]
         special = (numbers & bits.exponent) == bits.exponent
         if special.any():
             total += int(special.sum())
