@@ -80,13 +80,13 @@ class ModelFiles:
             )
         return replace(self, config=replace(self.config, vae=other), vae=vae)
 
-    def describe(self) -> str:
-        """One line: what it is, where it is, how big."""
+    def describe(self, flag: str = "--model") -> str:
+        """One line: what it is, where it is, how big. ``flag`` is the one that would name another model."""
         side = self.config.native_size
         if self.is_bundled:
             return (
                 f"the bundled tiny model ({self.identity.parameters / 1e6:.0f} M parameters, {side}x{side}); "
-                "for SDXL itself give --model FILE"
+                f"for SDXL itself give {flag} FILE"
             )
         where = f" from {self.origin}" if self.origin else f" at {self.path}"
         return f"{self.name}, {self.identity.label}, {format_bytes(self.size)}{where}"

@@ -247,7 +247,7 @@ def _locate(request: GenerateRequest, console: Console) -> list[ModelFiles]:
     refiner = locate(request.refiner, "refiner")
     if refiner.config.vae.z_channels != base.config.vae.z_channels:
         raise UsageError(f"--refiner {request.refiner}: its latents are not those of {base.name}")
-    console.note(f"refiner: {refiner.describe()}")
+    console.note(f"refiner: {refiner.describe('--refiner')}")
     return [base, settled(refiner, console)]
 
 

@@ -78,7 +78,7 @@ def expand(
         try:
             request = changed(base, line.changes, line.where) if line.changes else base
             if not request.prompt and not any(axis.field == "prompt" for axis in axes):
-                raise UsageError(f"{line.where}: has no prompt")
+                raise UsageError(f"{line.where or 'the command line'}: has no prompt")
             if seeded and axes:
                 request = with_seed(request)
             stated = frozenset({*line.changes, *(axis.field for axis in axes if axis.field)})

@@ -175,7 +175,7 @@ def with_passes(
         cut = steps_above(NoiseSchedule(), last.sigmas, request.refiner_switch_at)  # the refiner's own levels
         passes[-1] = replace(last, base_steps=cut)
     elif has_refiner:
-        sigmas = lowest(grid, request.steps, request.refiner_strength or 0.3)
+        sigmas = lowest(grid, request.steps, request.refiner_strength or 0.3, flag="--refiner-strength")
         passes.append(replace(last, canvas=None, sigmas=sigmas, base_steps=0))
     return replace(passes[0], after=tuple(passes[1:]))
 
@@ -202,7 +202,9 @@ def plan_refinement(request: RefineRequest, size: Size, formulation: Formulation
     )
 
 
-def lowest(grid: Callable[[int], Tensor], steps: int, share: float, *, exact: bool = False) -> Tensor:
+def lowest(
+    grid: Callable[[int], Tensor], steps: int, share: float, *, exact: bool = False, flag: str = "--strength"
+) -> Tensor:
     """The noise levels of the last part of a schedule.
 
     The rule is the original's: of n + 1 levels, 0 included, the lowest int(share · (n + 1)) are kept, which is one
@@ -213,6 +215,7 @@ def lowest(grid: Callable[[int], Tensor], steps: int, share: float, *, exact: bo
         steps: of the whole schedule; with ``exact``, of the part that is kept.
         share: 0 … 1.
         exact: take a schedule so fine that ``steps`` of it are kept.
+        flag: what gave ``share``, for the error.
 
     Raises:
         UsageError: no step is left.
@@ -221,8 +224,8 @@ def lowest(grid: Callable[[int], Tensor], steps: int, share: float, *, exact: bo
     kept = len(levels) if exact else int(share * len(levels))
     if kept < 2:
         raise UsageError(
-            f"--strength {share:g} of {len(levels) - 1} steps leaves none to run; "
-            f"give at least --strength {_ceil_hundredths(2 / len(levels)):g}, or more steps"
+            f"{flag} {share:g} of {len(levels) - 1} steps leaves none to run; "
+            f"give at least {flag} {_ceil_hundredths(2 / len(levels)):g}, or more steps"
         )
     if exact:
         levels = grid(next(n for n in count(steps) if int(share * (n + 1)) >= kept))

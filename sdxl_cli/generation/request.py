@@ -20,6 +20,7 @@ from sdxl_cli.generation.prompt import MAX_TOKENS, Tokenizer
 from sdxl_cli.generation.prompt_syntax import Emphasis, Syntax
 from sdxl_cli.generation.reading import Reader
 from sdxl_cli.generation.sizes import (
+    LARGEST_SIDE,
     Size,
     format_size,
     output_size,
@@ -171,7 +172,7 @@ class SamplingRequest:
                 f"emphasis {self.emphasis} is A1111's; prompt_syntax {self.prompt_syntax} has no such choice"
             )
         if not RANDOM_SEED <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed}: must be 0 or more, or -1 for a random one")
+            raise ValueError(f"seed {self.seed}: must be 0 to 2**63 - 1, or -1 for a random one")
 
     def texts(self) -> dict[str, str]:
         """All prompts there are, by what they are called in messages."""
@@ -290,6 +291,10 @@ class GenerateRequest(SamplingRequest):
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
+        for name in ("width", "height"):
+            pixels = getattr(self, name)
+            if pixels is not None and not 0 < pixels <= LARGEST_SIDE:
+                raise ValueError(f"{name} {pixels}: expected 1 to {LARGEST_SIDE} pixels")
         if self.init_img is not None and self.size is None and (self.width is None) != (self.height is None):
             raise ValueError("--width and --height: with --init-img give both, or --size")
         if self.strength is not None and not 0 < self.strength <= 1:

@@ -15,7 +15,8 @@ _NUMBER = r"(\d+(?:\.\d+)?)"
 _EXACT = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
 _RATIO = re.compile(rf"{_NUMBER}\s*[:/]\s*{_NUMBER}")
 _PAIR = re.compile(r"(-?\d+)\s*,\s*(-?\d+)")
-_LARGEST = 16384
+LARGEST_SIDE = 16384
+"""Pixels; what is larger is a slip of the keyboard."""
 
 
 def parse_size(text: str, name: str) -> Size:
@@ -30,7 +31,7 @@ def parse_size(text: str, name: str) -> Size:
     """
     match = _EXACT.fullmatch(text.strip())
     width, height = (int(group) for group in match.groups()) if match else (0, 0)
-    if not (0 < width <= _LARGEST and 0 < height <= _LARGEST):
+    if not (0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE):
         raise UsageError(f"{name} {text}: expected WIDTHxHEIGHT in pixels, such as 1216x832")
     return height, width
 

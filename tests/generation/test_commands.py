@@ -312,10 +312,26 @@ def bad_flags(base: Path, refiner: Path) -> Cases:
     }
 
 
+def bad_numbers(base: Path, refiner: Path) -> Cases:
+    return {
+        "no side": (["generate", "x", "-m", base, "-W", "-8"], 2, "width -8: expected 1 to 16384 pixels"),
+        "no words": (["generate", "", "-m", base], 2, "the command line: has no prompt"),
+        "no refiner step": (
+            [
+                *["generate", "x", "-m", base, "--refiner", refiner],
+                *["--refiner-mode", "sdedit", "--steps", "5"],
+            ],
+            2,
+            "give at least --refiner-strength 0.34",
+        ),
+    }
+
+
 def test_bad_input_is_one_line_and_its_exit_code(sdxl: Sdxl, models: dict[str, Path]) -> None:
     wrong = {}
     base, refiner = models["base"], models["refiner"]
-    for name, (args, code, words) in (bad_files(base, refiner) | bad_flags(base, refiner)).items():
+    cases = bad_files(base, refiner) | bad_flags(base, refiner) | bad_numbers(base, refiner)
+    for name, (args, code, words) in cases.items():
         result = sdxl(*args, "--quiet")
         lines = result.err.splitlines()
         told = len(lines) == 1 and lines[0].startswith("sdxl: ") and re.search(words, lines[0])

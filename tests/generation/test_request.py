@@ -90,6 +90,10 @@ def test_a_random_seed_is_drawn_once_and_written_down() -> None:
         {"seed": -2},
         {"num_images": 0},
         {"batch_size": 0},
+        {"width": 0},
+        {"height": -8},
+        {"width": 16385},
+        {"seed": 2**63},
         {"refiner_switch_at": 0.0},
     ],
 )
