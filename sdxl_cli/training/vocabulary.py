@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sdxl_cli.checkpoint.vocabulary import expanded, pruned
 from sdxl_cli.model.sdxl import SDXL
-from sdxl_cli.model.text import ClipLEmbedder
+from sdxl_cli.model.text import TOKEN_STD, ClipLEmbedder
 
 
 class CompactEmbedding(nn.Module):
@@ -38,13 +38,19 @@ def _homes(model: SDXL) -> Iterable[nn.Module]:
 def compact(model: SDXL, ids: Tensor) -> None:
     """Let the model's text encoders have rows for these tokens only; changed in place.
 
+    Words that a model with few words did not know all share one row in it; they start anew, each from its own.
+
     Args:
         model: with full token tables.
         ids: sorted token ids [n].
     """
     for home in _homes(model):
-        table = home.get_parameter("token_embedding.weight")
-        home.token_embedding = CompactEmbedding(table.detach(), ids)
+        table = home.get_parameter("token_embedding.weight").detach()
+        home.token_embedding = CompactEmbedding(table, ids)
+        if model.known_token_ids is not None:
+            new = [row for row, token in enumerate(ids.tolist()) if token not in model.known_token_ids]
+            fresh = torch.randn(len(new), table.shape[1]) * TOKEN_STD
+            home.token_embedding.weight.data[new] = fresh.to(table)
     model.known_token_ids = frozenset(ids.tolist())
 
 

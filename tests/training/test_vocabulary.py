@@ -77,3 +77,18 @@ def test_an_expanded_model_can_be_cut_down_again_without_loss() -> None:
     again.load_state_dict(expand(dict(model.state_dict()), IDS, 49408))
     compact(again, IDS)
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+
+
+def test_words_that_a_model_learns_later_each_start_anew() -> None:
+    model, more = text_model(), torch.tensor([0, 320, 736, 1237, 2368, 4287, 49406, 49407])
+    compact(model, IDS)
+    state = expand(dict(model.state_dict()), IDS, 49408)
+    again = text_model()
+    again.load_state_dict(state)
+    again.known_token_ids = model.known_token_ids
+    compact(again, more)
+    assert again.known_token_ids == frozenset(more.tolist())
+    for name in TABLES:
+        table = again.get_parameter(name)
+        assert torch.equal(table[:4], model.get_parameter(name)[:4])
+        assert not torch.allclose(table[4], table[5]), "they shared one row before"
