@@ -35,6 +35,7 @@ OFF_BUCKETS: tuple[Size, ...] = ((256, 384), (384, 256), (256, 352), (352, 256))
 """Canvases between the buckets: they get cropped in training, so that crop conditioning is learned."""
 
 SMALLEST = 24
+KINDS = ("plain", "aspect", "background", "small", "repainted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +143,24 @@ def choose_held_out(emoji: list[Emoji], share: float, seed: int) -> dict[str, fr
     return {name: frozenset(backgrounds) for name, backgrounds in held.items()}
 
 
-def build(emoji: list[Emoji], output: Path, *, held_out: dict[str, frozenset[str]], seed: int) -> int:
-    """Write every picture and both tables; returns the number of pictures."""
+def build(
+    emoji: list[Emoji],
+    output: Path,
+    *,
+    held_out: dict[str, frozenset[str]],
+    seed: int,
+    kinds: Sequence[str] = KINDS,
+) -> int:
+    """Write every picture of these kinds and both tables; returns the number of pictures."""
     images = output / "images"
     images.mkdir(parents=True)
     rows: list[dict[str, Any]] = []
     for index, item in enumerate(emoji):
         rng = np.random.default_rng([seed, zlib.crc32(item.name.encode())])
         for number, variant in enumerate(variants(item, held_out[item.name], rng)):
-            image = render(item, variant, rng)
+            image = render(item, variant, rng)  # drawn in any case: the others stay the same pictures
+            if variant.kind not in kinds:
+                continue
             name = f"{index:03d}-{item.names[-1].lower().replace(' ', '-')}-{number:02d}.webp"
             image.save(images / name, quality=94, method=2)
             texts = captions(item, variant)
@@ -211,6 +221,7 @@ def main() -> None:
         "--hold-out", type=float, default=0.1, help="share of object and background pairs never shown"
     )
     parser.add_argument("--flats", type=int, default=0, help="flat and blended pictures for the autoencoder")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="which pictures to write")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.output.exists() and any(arguments.output.iterdir()):
@@ -218,7 +229,7 @@ def main() -> None:
     started = time.perf_counter()
     emoji = list(read_emoji(*fetch(arguments.packages), arguments.names))
     held_out = choose_held_out(emoji, arguments.hold_out, arguments.seed)
-    count = build(emoji, arguments.output, held_out=held_out, seed=arguments.seed)
+    count = build(emoji, arguments.output, held_out=held_out, seed=arguments.seed, kinds=arguments.kinds)
     if arguments.flats:
         write_flats(arguments.output / "flats", arguments.flats, seed=arguments.seed)
     pairs = sum(len(backgrounds) for backgrounds in held_out.values())
