@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, pairwise
 from typing import Literal
 
 from torch import Tensor
 
 from sdxl_cli.diffusion.formulation import Formulation
+from sdxl_cli.diffusion.grids import sgm
 from sdxl_cli.diffusion.samplers.base import Sampler
 from sdxl_cli.diffusion.schedule import NoiseSchedule
 from sdxl_cli.errors import UsageError
@@ -175,8 +177,11 @@ def with_passes(
         cut = steps_above(NoiseSchedule(), last.sigmas, request.refiner_switch_at)  # the refiner's own levels
         passes[-1] = replace(last, base_steps=cut)
     elif has_refiner:
-        sigmas = lowest(grid, request.steps, request.refiner_strength or 0.3, flag="--refiner-strength")
-        passes.append(replace(last, canvas=None, sigmas=sigmas, base_steps=0))
+        # on the grid of `sdxl refine`, whatever the base's: 0.3 of a Karras grid would begin at t=53, of this at t=266
+        own = NoiseSchedule()
+        share = request.refiner_strength or 0.3
+        sigmas = lowest(partial(sgm, own), request.steps, share, flag="--refiner-strength")
+        passes.append(replace(last, canvas=None, schedule=own, sigmas=sigmas, base_steps=0))
     return replace(passes[0], after=tuple(passes[1:]))
 
 

@@ -132,6 +132,13 @@ def test_the_refiner_as_a_pass_of_its_own(models: dict[str, Path]) -> None:
     assert np.array_equal(picture.pixels, decode(x, base))
 
 
+@pytest.mark.parametrize("scheduler", ["karras", "exponential", "normal"])
+def test_the_refiners_own_pass_begins_where_its_strength_says(scheduler: str) -> None:
+    request = replace(REQUEST, steps=30, scheduler=scheduler, refiner="r", refiner_mode="sdedit")
+    (second,) = plan_generation(request, BASE, REFINER).after
+    assert second.timesteps[0] == 266
+
+
 def test_as_an_ensemble_the_refiner_ends_the_last_pass_only() -> None:
     request = replace(LARGER, steps=10, hires_steps=10, refiner="r")
     plan = plan_generation(request, BASE, REFINER)
