@@ -9,6 +9,7 @@ from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.errors import SdxlError, UsageError
 from sdxl_cli.generation.batchfile import Line
 from sdxl_cli.generation.fewstep import FewSteps
+from sdxl_cli.generation.ineffective import ineffective
 from sdxl_cli.generation.pipeline import Models, Reporter
 from sdxl_cli.generation.plan import Plan, plan_generation
 from sdxl_cli.generation.request import GenerateRequest, require_prompts_fit, with_seed
@@ -110,6 +111,7 @@ class Workshop:
         self._locate, self._buckets, self._report = locate, buckets, report
         self._opened: dict[str, tuple[list[ModelFiles], Models]] = {}
         self._loaded: Models | None = None
+        self._said: set[str] = set()
 
     def settle(self, job: Job) -> Settled:
         """Find the models of a job and decide everything about it.
@@ -128,11 +130,18 @@ class Workshop:
             plan = plan_generation(request, *configs, buckets=buckets, formulation=models.base.formulation)
             if self._few_steps is not None and isinstance(plan.request, GenerateRequest):
                 self._few_steps.check(plan.request, files)
+            self._warn_of_ineffective(request)
         except SdxlError as error:
             if not job.where or str(error).startswith(job.where):
                 raise
             raise type(error)(f"{job.where}: {error}") from error
         return Settled(job=replace(job, request=request), files=files, plan=plan, models=models)
+
+    def _warn_of_ineffective(self, request: GenerateRequest) -> None:
+        for text in ineffective(request):
+            if text not in self._said:  # once, however many jobs there are
+                self._said.add(text)
+                self._report.warn(text)
 
     def settle_all(self, jobs: Iterable[Job]) -> list[Settled]:
         """Settle all jobs; those of one model follow each other, otherwise the order stays.
