@@ -32,6 +32,9 @@ class OptimizerConfig:
     """Not for adafactor."""
     eps: float = 1e-8
     """Not for adafactor."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Highest rates of parts, instead of ``learning_rate``: of what ``train-unet`` trains ``unet``, ``clip_l`` and
+    ``big_g``, else of parameters whose names begin so. 0 leaves a part as it is."""
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
@@ -53,6 +56,11 @@ class OptimizerConfig:
             raise UsageError(
                 f"prodigy multiplies the rate that it finds by learning_rate, which is {self.learning_rate}; give 1"
             )
+        for name, rate in self.rates.items():
+            if rate < 0:
+                raise UsageError(
+                    f"rates.{name} is {rate}; it must be above 0, or 0 for a part that is not trained"
+                )
         if self.schedule == "constant" and self.warmup_steps:
             raise UsageError('schedule "constant" has no warmup_steps; use "constant_with_warmup"')
         if self.decay_steps and not self.schedule.startswith("constant"):
@@ -204,7 +212,10 @@ class UNetTrainConfig:
     """Chances of single conditions to become zeros, as the original's ``ucg_rate``: clip_l, big_g and pooled instead
     of ``text_dropout`` when independent; original_size, crop_top_left, target_size and aesthetic_score."""
     train_text_encoders: bool = False
-    """Train the text encoders along; for models built from nothing."""
+    """Train the text encoders along."""
+    cache_text: Literal["auto", "fill", "off"] = "auto"
+    """Features of captions, while the text encoders are not trained. auto: those that cache-dataset left in the cache
+    folder, when none is missing; fill: encode first what is missing; off: encode at every step."""
     caption_tokens: int = 77
     """Tokens that the text encoders read of each caption, start and end included. Short captions are mostly padding,
     which costs time and dilutes attention; what is trained with less must see the whole 77 at the end."""

@@ -21,7 +21,7 @@ from sdxl_cli.errors import FileError, Interrupted, NumericError
 from sdxl_cli.training.config import LoopConfig
 from sdxl_cli.training.ema import EMA
 from sdxl_cli.training.metrics import Log, summed_images
-from sdxl_cli.training.optimizers import build_optimizer
+from sdxl_cli.training.optimizers import build_optimizer, set_rate
 from sdxl_cli.training.rates import learning_rate
 from sdxl_cli.training.snapshot import numbers, restore, set_numbers, snapshot
 from sdxl_cli.training.state import load_state, save_state
@@ -87,7 +87,7 @@ class Run:
         """
         self.task, self.config, self.folder, self.record = task, config, folder, dict(record)
         self.parameters = {n: p for n, p in task.module.named_parameters() if p.requires_grad}
-        self.optimizer = build_optimizer(self.parameters.values(), config.optimizer)
+        self.optimizer = build_optimizer(self.parameters, config.optimizer)
         self.ema = average_of(self.parameters, config)
         self.batches = config.batches_per_step()
         self.log = Log(folder / "metrics.jsonl", config.log_every, config.max_steps)
@@ -173,8 +173,7 @@ class Run:
         if not torch.isfinite(norm):
             raise self._failure(f"the gradient is {float(norm)}", index, batches)
         rate = learning_rate(config, index, self.config.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.optimizer.step()
         if self.ema:
             self.ema.update(self.parameters)

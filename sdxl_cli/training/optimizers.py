@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -22,18 +22,33 @@ Groups = list[dict[str, Any]]
 Build = Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names, for these parameters.
+RATE_SCALE = "rate_scale"
+"""Entry of every group: its rate, in units of the run's."""
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names, for these parameters by name.
 
     Raises:
         UsageError: it needs a package that is not installed, or a device that is not there.
     """
-    trained = list(parameters)
-    decayed = [p for p in trained if p.ndim > NO_DECAY_DIMS]
-    kept = [p for p in trained if p.ndim <= NO_DECAY_DIMS]
-    both = [(decayed, config.weight_decay), (kept, 0.0)]
-    groups: Groups = [{"params": params, "weight_decay": decay} for params, decay in both if params]
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = config.weight_decay if parameter.ndim > NO_DECAY_DIMS else 0.0
+        rate = next((own for start, own in config.rates.items() if name.startswith(start)), None)
+        scale = 1.0 if rate is None else rate / config.learning_rate
+        found.setdefault((decay, scale), []).append(parameter)
+    groups: Groups = [
+        {"params": found[key], "weight_decay": key[0], RATE_SCALE: key[1]}
+        for key in sorted(found, reverse=True)
+    ]
     return BUILDERS[config.name](groups, config)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of the run's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(RATE_SCALE, 1.0)
 
 
 def _adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:

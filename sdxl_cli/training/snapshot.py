@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdxl_cli.errors import FileError
 from sdxl_cli.training.ema import EMA
+from sdxl_cli.training.optimizers import RATE_SCALE
 
 
 def snapshot(
@@ -65,7 +66,11 @@ def numbers(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """
     plain = {key for state in optimizer.state.values() for key, v in state.items() if not torch.is_tensor(v)}
     kept = [
-        {key: value for key, value in group.items() if key != "lr" and type(value) in (int, float)}
+        {
+            key: value
+            for key, value in group.items()
+            if key not in ("lr", RATE_SCALE) and type(value) in (int, float)
+        }
         for group in optimizer.param_groups
     ]
     return {"plain": sorted(plain), "groups": kept}

@@ -13,7 +13,7 @@ from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.read import load_model, load_vae
 from sdxl_cli.checkpoint.write import save_model
 from sdxl_cli.console import get as console
-from sdxl_cli.data.cache import LatentCache, weights_hash
+from sdxl_cli.data.cache import LatentCache, TextCache, weights_hash
 from sdxl_cli.data.encoding import fill_latents
 from sdxl_cli.data.loader import BatchLoader
 from sdxl_cli.data.manifest import Manifest, read_manifest
@@ -27,8 +27,10 @@ from sdxl_cli.training.config import UNetTrainConfig
 from sdxl_cli.training.folder import prepare
 from sdxl_cli.training.loop import Run, Watcher
 from sdxl_cli.training.measuring import LargestBatch, Measured, NoBatches, measure
+from sdxl_cli.training.parts import choose_trained, trained_parts, with_part_rates
 from sdxl_cli.training.place import training_device
 from sdxl_cli.training.samples import Samples, Wanted, model_name, sample_plans
+from sdxl_cli.training.text_cache import cached_text
 from sdxl_cli.training.unet_request import (
     UNetRequest,
     named,
@@ -73,14 +75,18 @@ def train_unet(request: UNetRequest) -> UNetResult:
     torch.manual_seed(config.loop.seed)
     vae = _vae(request).to(device)
     task, ids = _task(request, vae, manifest, device)
-    cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
-    task.batches = BatchLoader(manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache)
+    folder = request.cache or request.output / "latents"
+    cache, text = fill_cache(manifest, vae, folder), _text_cache(request, task, manifest, folder)
+    task.batches = BatchLoader(
+        manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache, text=text
+    )
     export = Export(task.module, vae, ids, config)
-    watchers = _watchers(request, task, vae, export, plans)
+    watchers = _watchers(request, task, vae, export, plans, text)
     if not plans:
         vae.to("cpu")  # pictures are encoded, and none are made: its room is the U-Net's
     record = _record(task.module, vae, config, ids)
-    run = Run(task, config.loop, request.output, record, watchers)
+    loop = with_part_rates(config.loop, task.module.config)
+    run = Run(task, loop, request.output, record, watchers)
     if request.resume:
         run.resume()
     run.train()
@@ -105,7 +111,7 @@ def try_unet(request: UNetRequest) -> Measured:
     task, _ = _task(request, vae, manifest, device)
     task.batches = LargestBatch(manifest, config.loop.batch_size, vae.config)
     height, width = task.batches.size
-    return measure(task, config.loop, f"{width}x{height}")
+    return measure(task, with_part_rates(config.loop, task.module.config), f"{width}x{height}")
 
 
 def _task(
@@ -121,7 +127,12 @@ def _task(
 
 
 def _watchers(
-    request: UNetRequest, task: UNetTask, vae: Autoencoder, export: Export, plans: Sequence[Wanted]
+    request: UNetRequest,
+    task: UNetTask,
+    vae: Autoencoder,
+    export: Export,
+    plans: Sequence[Wanted],
+    text: TextCache | None,
 ) -> list[Watcher]:
     """Those that the request asks for, in the order of their work."""
     config, found = request.config, list[Watcher]()
@@ -130,7 +141,7 @@ def _watchers(
     if request.validation:
         manifest = read_manifest(request.validation)
         cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
-        batches = BatchLoader(manifest, config.loop.batch_size, cache=cache, remainder="short")
+        batches = BatchLoader(manifest, config.loop.batch_size, cache=cache, text=text, remainder="short")
         found.append(Validation(task, batches, config))
     if plans:
         found.append(Samples(task.module, vae, plans, config, request.output))
@@ -148,6 +159,18 @@ def _record(model: SDXL, vae: Autoencoder, config: UNetTrainConfig, ids: Tensor 
         "objective": config.objective,
         "token_ids": None if ids is None else ids.tolist(),
     }
+
+
+def _text_cache(request: UNetRequest, task: UNetTask, manifest: Manifest, folder: Path) -> TextCache | None:
+    """Features of the captions of all manifests, where they are used; the task then knows those of the empty text."""
+    manifests = [manifest, *([read_manifest(request.validation)] if request.validation else [])]
+    tokens = _Tokens(Tokenizer.default(), 77)
+    cache = cached_text(folder, task.module.conditioner, manifests, request.config, tokens)
+    if cache is not None:
+        task.empty_text = cache.read([""])
+        if request.config.caption_tokens < 77:  # says which captions are longer
+            task.tokenize([caption for one in manifests for row in one.kept for caption in row.captions])
+    return cache
 
 
 def fill_cache(manifest: Manifest, vae: Autoencoder, folder: Path) -> LatentCache:
@@ -184,8 +207,7 @@ def _model(request: UNetRequest, vae: Autoencoder) -> SDXL:
     model.config = replace(model.config, vae=vae.config)
     if request.text_from:
         _copy_text(model, request.text_from)
-    model.unet.requires_grad_(True)
-    model.conditioner.requires_grad_(config.train_text_encoders)
+    choose_trained(model, trained_parts(config, model.config))
     return model
 
 

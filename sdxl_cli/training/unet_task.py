@@ -48,6 +48,8 @@ class UNetTask:
     batches: Batches
     tokenize: Tokenize
     config: UNetTrainConfig
+    empty_text: TextFeatures | None = None
+    """Features of the empty text [1, …], where the batches have features of their captions."""
 
     def __post_init__(self) -> None:
         self.drawing = Drawing(self.config)
@@ -99,7 +101,7 @@ class UNetTask:
         if config.debiased:
             weight = weight * debiased_weight(levels.sigma)
         with computing(config.loop, self.device):
-            text = self._text(batch.captions, generator if trains else None)
+            text = self._text(batch, generator if trains else None)
             cond = condition(self.module.config, text, micro_conditions(batch))
             vector = self._without_some(cond.vector, generator) if trains else cond.vector
             network_input = noised.network_input.contiguous(memory_format=torch.channels_last)
@@ -114,19 +116,34 @@ class UNetTask:
         noise = torch.randn(moments.mean.shape, generator=generator)
         return (moments.sample(noise) * self.module.config.vae.scale_factor).to(self.device)
 
-    def _text(self, captions: Sequence[str], generator: torch.Generator | None) -> TextFeatures:
+    def _text(self, batch: Batch, generator: torch.Generator | None) -> TextFeatures:
         """Features of the captions, some of them taken away when there is a generator."""
         config = self.config
+        gone = torch.zeros(len(batch), dtype=torch.bool)
         if generator and config.text_dropout_mode == "empty":  # facts §4: legacy_ucg_value
-            draws = torch.rand(len(captions), generator=generator).tolist()
-            kept = zip(draws, captions, strict=True)
-            captions = ["" if draw < config.text_dropout else caption for draw, caption in kept]
-        ids_l, ids_g = (ids.to(self.device) for ids in self.tokenize(captions))
-        with torch.set_grad_enabled(config.train_text_encoders and torch.is_grad_enabled()):
-            text = self.module.conditioner.text(ids_l, ids_g)
+            gone = torch.rand(len(batch), generator=generator) < config.text_dropout
+        if batch.text is not None:
+            text = self._cached(batch.text, gone)
+        else:
+            captions = zip(gone.tolist(), batch.captions, strict=True)
+            text = self._encoded(["" if empty else caption for empty, caption in captions])
         if generator is None or config.text_dropout_mode == "empty":
             return text
         return self._dropped(text, generator)
+
+    def _encoded(self, captions: Sequence[str]) -> TextFeatures:
+        ids_l, ids_g = (ids.to(self.device) for ids in self.tokenize(captions))
+        with torch.set_grad_enabled(self.config.train_text_encoders and torch.is_grad_enabled()):
+            return self.module.conditioner.text(ids_l, ids_g)
+
+    def _cached(self, text: TextFeatures, gone: Tensor) -> TextFeatures:
+        """Features that were read, those of the empty text in the rows of ``gone`` [B]."""
+        assert self.empty_text is not None
+        crossattn = torch.where(gone[:, None, None], self.empty_text.crossattn, text.crossattn)
+        pooled = torch.where(gone[:, None], self.empty_text.pooled, text.pooled)
+        # tokens look back only: the first ones do not know how many follow
+        crossattn = crossattn[:, : self.config.caption_tokens]
+        return TextFeatures(crossattn.to(self.device), pooled.to(self.device))
 
     def _dropped(self, text: TextFeatures, generator: torch.Generator) -> TextFeatures:
         """Zero features at random, as classifier-free guidance needs (facts §4: ucg_rate)."""

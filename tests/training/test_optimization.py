@@ -149,10 +149,10 @@ def test_a_missing_package_is_named_with_what_installs_it(
     weight = nn.Parameter(torch.zeros(2, 2, device="meta"))
     if name == "adamw8bit":
         with pytest.raises(UsageError, match="CUDA devices only; use adamw"):
-            build_optimizer([weight], OptimizerConfig(name=name, learning_rate=1.0))
+            build_optimizer({"weight": weight}, OptimizerConfig(name=name, learning_rate=1.0))
         monkeypatch.setattr(nn.Parameter, "device", torch.device("cuda"), raising=False)
     with pytest.raises(UsageError, match=rf"needs {package}.*pip install 'sdxl-cli\[{name}\]'"):
-        build_optimizer([weight], OptimizerConfig(name=name, learning_rate=1.0))
+        build_optimizer({"weight": weight}, OptimizerConfig(name=name, learning_rate=1.0))
 
 
 def quadratic(name: Any, rate: float, steps: int) -> list[float]:
@@ -160,7 +160,7 @@ def quadratic(name: Any, rate: float, steps: int) -> list[float]:
     torch.manual_seed(0)
     weight, bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5))
     config = OptimizerConfig(name=name, learning_rate=rate, weight_decay=0.0)
-    optimizer = build_optimizer([weight, bias], config)
+    optimizer = build_optimizer({"weight": weight, "bias": bias}, config)
     losses = []
     for _ in range(steps):
         loss = weight.square().sum() + bias.square().sum()
@@ -186,7 +186,7 @@ def test_every_optimizer_goes_down(
 
 def test_adafactor_keeps_a_row_and_a_column() -> None:
     weight = nn.Parameter(torch.randn(7, 5))
-    optimizer = build_optimizer([weight], OptimizerConfig(name="adafactor"))
+    optimizer = build_optimizer({"weight": weight}, OptimizerConfig(name="adafactor"))
     weight.sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     sizes = sorted(tensor.numel() for tensor in optimizer.state[weight].values())
@@ -210,7 +210,7 @@ def test_biases_and_norms_are_not_decayed() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 5))
     module.scale = nn.Parameter(torch.zeros(()))
     config = OptimizerConfig(weight_decay=0.3, betas=(0.8, 0.95), eps=1e-7, learning_rate=0.02)
-    decayed, kept = build_optimizer(module.parameters(), config).param_groups
+    decayed, kept = build_optimizer(dict(module.named_parameters()), config).param_groups
     assert {id(p) for p in decayed["params"]} == {id(module[0].weight), id(module[2].weight)}
     assert len(kept["params"]) == 5
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
@@ -222,7 +222,7 @@ def test_a_step_is_that_of_the_paper() -> None:
     """AdamW (arXiv 1711.05101, algorithm 2), written out."""
     weight = nn.Parameter(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
     config = OptimizerConfig(learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.2)
-    optimizer = build_optimizer([weight], config)
+    optimizer = build_optimizer({"weight": weight}, config)
     expected, m, v = weight.detach().clone(), 0.0, 0.0
     for step in range(1, 4):
         gradient = torch.tensor([[0.5, step]], dtype=torch.float64)

@@ -51,7 +51,9 @@ def test_training_the_compact_table_and_expanding_it_is_training_the_full_one() 
     full, small = text_model(), text_model()
     compact(small, IDS)
     for model in (full, small):
-        optimizer = build_optimizer(model.parameters(), OptimizerConfig(learning_rate=1e-2, weight_decay=0.1))
+        optimizer = build_optimizer(
+            dict(model.named_parameters()), OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
+        )
         for step in range(4):
             optimizer.zero_grad()
             loss = features(model, SENTENCES[step % 2 :]).sin().sum()
