@@ -24,6 +24,15 @@ class Step:
     done: int
     """Steps made so far, 1 … ``total``, by all experts together."""
     total: int
+    x: Tensor
+    """The noisy latents that ``denoised`` was made of, like it in size; with x = clean + sigma · noise."""
+    sigma: float
+    """Their noise level. Samplers that look twice in a step show the second look."""
+
+    @property
+    def eps(self) -> Tensor:
+        """The noise that the network takes to be in ``x``, about standard normal [B, z, h, w]."""
+        return (self.x - self.denoised) / self.sigma
 
 
 @runtime_checkable

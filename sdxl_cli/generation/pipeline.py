@@ -217,7 +217,8 @@ class Run:
         self.start = start
         self._held: Held | None = None
         self._expert: Guided | None = None
-        self._denoised: Tensor | None = None
+        self._seen: tuple[Tensor, Tensor, float] | None = None
+        """What the last evaluation gave and was given: denoised, x, sigma."""
         self._done = 0
         self._walk = plan.sampler.steps(self._denoise, self.latents, plan.sigmas, streams)
 
@@ -243,17 +244,20 @@ class Run:
                 watch.see(latents, where)
                 self.latents = latents
                 self._done += 1
-                if self._denoised is not None:
-                    step(report, Step(self._denoised, who, self._done, plan.steps))
+                if self._seen is not None:
+                    denoised, x, sigma = self._seen
+                    step(report, Step(denoised, who, self._done, plan.steps, x, sigma))
             watch.settle()
         self._expert = None
 
     def _denoise(self, x: Tensor, sigma: float) -> Tensor:
         assert self._expert is not None
         held = self._held
-        denoised = self._expert(x if held is None else held.before(x, sigma), sigma)
-        self._denoised = denoised if held is None else held.after(denoised)
-        return self._denoised
+        seen = x if held is None else held.before(x, sigma)
+        denoised = self._expert(seen, sigma)
+        denoised = denoised if held is None else held.after(denoised)
+        self._seen = denoised, seen, sigma
+        return denoised
 
 
 def started(plan: Plan, seeds: Sequence[int], weights: Weights, source: Source) -> Run:

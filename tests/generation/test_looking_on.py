@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.read import load_model
@@ -25,6 +26,14 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def made(denoised: Tensor, done: int, total: int) -> Step:
+    return Step(denoised, "base", done, total, x=denoised + 2, sigma=4.0)
+
+
+def test_the_noise_of_a_step_is_what_lies_between_x_and_the_picture() -> None:
+    assert made(torch.randn(1, 4, 2, 2), 1, 8).eps.flatten().tolist() == pytest.approx([0.5] * 16)
 
 
 def test_time_in_an_inner_stage_is_not_the_outer_ones() -> None:
@@ -60,7 +69,7 @@ def test_steps_are_timed_one_by_one_without_the_load_before_them() -> None:
 
 def test_who_does_not_look_on_is_not_told() -> None:
     with stage(object(), "text"):
-        step(object(), Step(torch.zeros(1, 4, 2, 2), "base", 1, 1))
+        step(object(), made(torch.zeros(1, 4, 2, 2), 1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +108,7 @@ def test_every_nth_step_and_the_last_are_shown_side_by_side() -> None:
     shown: list[Any] = []
     preview = Preview(identity, shown.append, interval=3)
     for done in range(1, 9):
-        preview.step(Step(torch.full((2, 4, 2, 3), done / 8), "base", done, 8))
+        preview.step(made(torch.full((2, 4, 2, 3), done / 8), done, 8))
     assert [pixels[0, 0, 0] for pixels in shown] == [round((n / 8 + 1) * 127.5) for n in (3, 6, 8)]
     assert shown[0].shape == (2, 6, 3)
 

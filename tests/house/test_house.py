@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sdxl_cli.checkpoint": COMMON | {"sdxl_cli.model"},
     "sdxl_cli.generation": COMMON | LOWER,
     "sdxl_cli.data": COMMON | LOWER,
-    "sdxl_cli.inspection": COMMON | LOWER | {"sdxl_cli.data"},
+    "sdxl_cli.inspection": COMMON | LOWER | {"sdxl_cli.data", "sdxl_cli.generation"},
     "sdxl_cli.training": COMMON | LOWER | {"sdxl_cli.generation", "sdxl_cli.data"},
     "sdxl_cli.commands": COMMON | LOWER | ROOMS,
     "sdxl_cli.cli": COMMON | {"sdxl_cli.commands"},
