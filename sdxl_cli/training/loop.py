@@ -19,35 +19,14 @@ from sdxl_cli.checkpoint.atomic import atomic_write
 from sdxl_cli.console import get as console
 from sdxl_cli.errors import FileError, Interrupted, NumericError
 from sdxl_cli.training.config import LoopConfig
-from sdxl_cli.training.ema import EMA
-from sdxl_cli.training.metrics import Log, summed_images
-from sdxl_cli.training.optimizers import build_optimizer, set_rate
+from sdxl_cli.training.metrics import IMAGES, Log, summed_images
+from sdxl_cli.training.optimizers import set_rate
 from sdxl_cli.training.rates import learning_rate
-from sdxl_cli.training.snapshot import numbers, restore, set_numbers, snapshot
+from sdxl_cli.training.snapshot import numbers, restore, snapshot
 from sdxl_cli.training.state import load_state, save_state
+from sdxl_cli.training.turns import Player, Task, turns_of
 
 FAILURE_FILE = "not_finite.json"
-
-
-class Task(Protocol):
-    """What is trained, and on what: the loop knows neither."""
-
-    @property
-    def module(self) -> nn.Module:
-        """Parameters that require gradients are trained."""
-        ...
-
-    def step(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """The loss of batch ``index``, and numbers for the log.
-
-        The data and all randomness are functions of ``index`` and the generator, which is seeded by the
-        run's seed and the index: a resumed run needs no replay.
-        """
-        ...
-
-    def describe(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """That batch as JSON values, for who looks into a failure: ``ids`` of pictures, and statistics."""
-        ...
 
 
 class Watcher(Protocol):
@@ -68,7 +47,7 @@ class Progress:
 
 
 class Run:
-    """A task, its optimizer and averages, in a folder."""
+    """A task, its optimizers and averages, in a folder."""
 
     def __init__(
         self,
@@ -86,9 +65,7 @@ class Run:
         watchers: are called after every step.
         """
         self.task, self.config, self.folder, self.record = task, config, folder, dict(record)
-        self.parameters = {n: p for n, p in task.module.named_parameters() if p.requires_grad}
-        self.optimizer = build_optimizer(self.parameters, config.optimizer)
-        self.ema = average_of(self.parameters, config)
+        self.players = [Player(turn, config) for turn in turns_of(task)]
         self.batches = config.batches_per_step()
         self.log = Log(folder / "metrics.jsonl", config.log_every, config.max_steps)
         self.watchers = tuple(watchers)
@@ -102,10 +79,7 @@ class Run:
         """
         tensors, values = load_state(self.folder)
         _require_same(values["record"], self.record)
-        restore(tensors, self.parameters, self.optimizer, self.ema)
-        set_numbers(self.optimizer, values.get("optimizer", {}))
-        if self.ema:
-            self.ema.updates = values["ema_updates"]
+        restore(tensors, values["players"], self.players)
         self.progress = Progress(values["step"], values["loss"])
         console().note(f"resumed {self.folder} at step {self.progress.step}: weights, optimizer, averages")
 
@@ -114,17 +88,24 @@ class Run:
         values = {
             "step": self.progress.step,
             "loss": self.progress.loss,
-            "ema_updates": self.ema.updates if self.ema else 0,
-            "optimizer": numbers(self.optimizer),
+            "players": numbers(self.players),
             "record": self.record,
         }
-        save_state(self.folder, snapshot(self.parameters, self.optimizer, self.ema), values)
+        save_state(self.folder, snapshot(self.players), values)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained and shipped, by name."""
+        return {n: p for player in self.players if player.turn.averaged for n, p in player.parameters.items()}
 
     def averaged(self) -> dict[str, Tensor]:
-        """The trained parameters to ship: the averages, or the weights where nothing is averaged."""
-        if self.ema:
-            return self.ema.current(self.parameters)
-        return {name: p.detach() for name, p in self.parameters.items()}
+        """The same as averages, or as the weights where nothing is averaged."""
+        return {n: v for player in self.players if player.turn.averaged for n, v in player.averages().items()}
+
+    def free_gradients(self) -> None:
+        """Make room; the next step computes them anew."""
+        for player in self.players:
+            player.optimizer.zero_grad(set_to_none=True)
 
     def train(self) -> None:
         """Run to ``max_steps``, saving as it goes.
@@ -164,28 +145,42 @@ class Run:
         Raises:
             NumericError: the loss or the gradient is not finite.
         """
-        config = self.config.optimizer
-        self.optimizer.zero_grad(set_to_none=True)
         batches = range(index * self.batches, (index + 1) * self.batches)
-        value, metrics = self._gradients(index, batches)
+        said: dict[str, float] = {}
+        for player in self.players:
+            if index < player.turn.since:
+                continue
+            with player.alone(self.players):
+                metrics = self._move(player, index, batches)
+            name = player.turn.name
+            said |= {f"{name}_{key}": v for key, v in metrics.items() if key != IMAGES} if name else metrics
+        value, before = said["loss"], self.progress.loss
+        self.progress = Progress(index + 1, value if before != before else 0.98 * before + 0.02 * value)
+        return said
+
+    def _move(self, player: Player, index: int, batches: Sequence[int]) -> dict[str, float]:
+        """One optimizer's step; its metrics."""
+        config = player.config
+        player.optimizer.zero_grad(set_to_none=True)
+        value, metrics = self._gradients(player, index, batches)
         limit = config.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        norm = torch.nn.utils.clip_grad_norm_(player.parameters.values(), limit)
         if not torch.isfinite(norm):
             raise self._failure(f"the gradient is {float(norm)}", index, batches)
         rate = learning_rate(config, index, self.config.max_steps)
-        set_rate(self.optimizer, rate)
-        self.optimizer.step()
-        if self.ema:
-            self.ema.update(self.parameters)
-        before = self.progress.loss
-        self.progress = Progress(index + 1, value if before != before else 0.98 * before + 0.02 * value)
+        set_rate(player.optimizer, rate)
+        player.optimizer.step()
+        if player.ema:
+            player.ema.update(player.parameters)
         return {"loss": value, "grad_norm": float(norm), "learning_rate": rate, **metrics}
 
-    def _gradients(self, index: int, batches: Sequence[int]) -> tuple[float, dict[str, float]]:
+    def _gradients(
+        self, player: Player, index: int, batches: Sequence[int]
+    ) -> tuple[float, dict[str, float]]:
         """Add up the gradients of a step's batches; their mean loss and merged metrics."""
         losses, rows = [], []
         for batch in batches:
-            loss, metrics = self.task.step(batch, self._generator(batch))
+            loss, metrics = player.turn.step(batch, self._generator(batch))
             losses.append(loss.item())
             rows.append(metrics)
             if not math.isfinite(losses[-1]):
@@ -213,14 +208,6 @@ class Run:
 def _few(ids: Sequence[str]) -> str:
     more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
     return ", ".join(ids[:3]) + more
-
-
-def average_of(parameters: Mapping[str, Tensor], config: LoopConfig) -> EMA | None:
-    """The average that the configuration asks for."""
-    if not config.ema_decay:
-        return None
-    device = torch.device("cpu") if config.ema_device == "cpu" else None
-    return EMA(parameters, config.ema_decay, every=config.ema_every, device=device)
 
 
 def _require_same(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:

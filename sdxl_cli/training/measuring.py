@@ -14,7 +14,8 @@ from sdxl_cli.data.loader import Batch, Latents
 from sdxl_cli.data.manifest import Manifest
 from sdxl_cli.model.config import VAEConfig
 from sdxl_cli.training.config import LoopConfig
-from sdxl_cli.training.loop import Run, Task
+from sdxl_cli.training.loop import Run
+from sdxl_cli.training.turns import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

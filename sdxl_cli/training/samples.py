@@ -87,7 +87,7 @@ class Samples:
         """See :class:`~sdxl_cli.training.loop.Watcher`."""
         if done % self.config.sample_every and done != run.config.max_steps:
             return
-        run.optimizer.zero_grad(set_to_none=True)  # room for the pictures
+        run.free_gradients()  # room for the pictures
         whole = self._whole().eval()
         try:
             with swapped_in(run.averaged(), run.parameters):

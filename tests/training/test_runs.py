@@ -48,7 +48,7 @@ def test_the_state_has_averages_and_moments_that_are_not_the_weights(train: Trai
     assert len(moving) > 20
     assert any(not torch.equal(state[f"ema.{name}"], state[f"weights.{name}"]) for name in moving)
     assert {float(state[f"optimizer.step.{name}"]) for name in moving} == {3.0}
-    assert (values["step"], values["ema_updates"]) == (3, 3)
+    assert (values["step"], values["players"][0]["ema_updates"]) == (3, 3)
 
 
 def test_a_stop_is_asked_for_by_a_signal_and_gone_on_from(
