@@ -21,7 +21,8 @@ from sdxl_cli.console import to_jsonable
 from sdxl_cli.errors import FileError
 from sdxl_cli.inspection.inputs import Item, Picture, Stored, chosen, find_inputs
 from sdxl_cli.inspection.sheets import AMPLIFIED, Strip, channel_maps, comparison, save_png, sheet
-from sdxl_cli.inspection.statistics import Statistics, correlation, psnr, statistics
+from sdxl_cli.inspection.statistics import Statistics, correlation, statistics
+from sdxl_cli.metrics.similarity import psnr
 from sdxl_cli.model.vae import Autoencoder, Moments
 
 ROWS = 12
@@ -196,7 +197,7 @@ class _Inspection:
         again = self.vae.decode(moments.mode())[0].cpu()
         if not bool(torch.isfinite(again).all()):
             self.not_finite.append(f"{item.name} (decoded)")
-        quality = psnr(image, again)
+        quality = float(psnr(image[None], again[None]))
         self.reconstructions.append(Reconstruction(item.name, quality))
         if self.request.output is not None:
             strip = comparison(f"{item.name}   {quality:.1f} dB", image, again)

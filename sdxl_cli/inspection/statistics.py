@@ -76,13 +76,3 @@ def correlation(latents: Sequence[Tensor]) -> list[list[float]]:
     std = covariance.diagonal().sqrt()
     table: list[list[float]] = (covariance / std[:, None] / std[None]).tolist()
     return table
-
-
-def psnr(image: Tensor, other: Tensor) -> float:
-    """Peak signal-to-noise ratio of two pictures in -1 … 1, in dB; what is beyond that range is cut off.
-
-    NaN where one of them has NaN.
-    """
-    error = float((image.clamp(-1, 1) - other.clamp(-1, 1)).double().square().mean())
-    # the peak is the whole range, 2
-    return 10 * math.log10(4 / error) if error else math.inf

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 COMMON = {"sdxl_cli", "sdxl_cli.errors", "sdxl_cli.presets", "sdxl_cli.console"}
-LOWER = {"sdxl_cli.diffusion", "sdxl_cli.checkpoint", "sdxl_cli.model", "sdxl_kernels"}
+LOWER = {"sdxl_cli.diffusion", "sdxl_cli.checkpoint", "sdxl_cli.metrics", "sdxl_cli.model", "sdxl_kernels"}
 ROOMS = {"sdxl_cli.generation", "sdxl_cli.training", "sdxl_cli.data", "sdxl_cli.inspection"}
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sdxl_cli.model": COMMON | {"sdxl_kernels"},
     "sdxl_cli.diffusion": COMMON | {"sdxl_cli.model"},
     "sdxl_cli.checkpoint": COMMON | {"sdxl_cli.model"},
+    "sdxl_cli.metrics": COMMON | {"sdxl_cli.checkpoint"},
     "sdxl_cli.generation": COMMON | LOWER,
     "sdxl_cli.data": COMMON | LOWER,
     "sdxl_cli.inspection": COMMON | LOWER | {"sdxl_cli.data", "sdxl_cli.generation"},

@@ -21,7 +21,7 @@ from sdxl_cli.data.loader import read_image, to_tensor
 from sdxl_cli.data.manifest import read_manifest
 from sdxl_cli.errors import FileError
 from sdxl_cli.inspection.latents import InspectRequest, LatentReport, inspect_latents
-from sdxl_cli.inspection.statistics import psnr
+from sdxl_cli.metrics.similarity import psnr
 from sdxl_cli.model.vae import Autoencoder
 from tests.inspection.conftest import SMALL
 
@@ -99,7 +99,7 @@ def test_reconstructions_are_measured_and_the_worst_comes_first(
     assert report.mean_psnr == pytest.approx(np.mean(list(qualities.values())))
     original = image(pictures / "b.png")
     again = vae.decode(vae.encode(original[None]).mode())[0]
-    assert qualities["b.png"] == pytest.approx(psnr(original, again), rel=1e-4)
+    assert qualities["b.png"] == pytest.approx(float(psnr(original[None], again[None])), rel=1e-4)
 
 
 def test_a_picture_is_cut_to_the_middle_that_the_autoencoder_can_read(
@@ -108,7 +108,7 @@ def test_a_picture_is_cut_to_the_middle_that_the_autoencoder_can_read(
     report = look(pictures / "c.jpg", vae=str(vae_file))
     middle = image(pictures / "c.jpg")[:, 2:42, 2:34]
     again = vae.decode(vae.encode(middle[None]).mode())[0]
-    assert report.reconstructions[0].psnr == pytest.approx(psnr(middle, again), rel=1e-4)
+    assert report.reconstructions[0].psnr == pytest.approx(float(psnr(middle[None], again[None])), rel=1e-4)
 
 
 def test_large_pictures_are_shrunk(pictures: Path, vae_file: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxl_cli.inspection.statistics import correlation, psnr, statistics
+from sdxl_cli.inspection.statistics import correlation, statistics
 
 
 def gaussian(count: int, mean: float, std: float, seed: int = 0) -> list[Tensor]:
@@ -72,17 +72,3 @@ def test_correlations_leave_out_positions_that_are_not_finite() -> None:
     spoiled[1, 0, 0] = math.inf
     expected = torch.corrcoef(latent.flatten(1)[:, 1:].double())
     torch.testing.assert_close(torch.tensor(correlation([spoiled])).double(), expected)
-
-
-def test_psnr_is_taken_over_the_whole_range() -> None:
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 256, (2, 3, 20, 30))
-    expected = 10 * np.log10(255**2 / ((a - b) ** 2).mean())
-    to_image = lambda levels: torch.tensor(levels / 127.5 - 1)  # noqa: E731
-    assert psnr(to_image(a), to_image(b)) == pytest.approx(expected, rel=1e-9)
-
-
-def test_psnr_cuts_off_what_no_picture_can_show() -> None:
-    white = torch.ones(3, 4, 4)
-    assert psnr(white, 5 * white) == math.inf
-    assert math.isnan(psnr(white, white * math.nan))
