@@ -286,6 +286,8 @@ def _merge(low: _Partial, high: _Partial) -> None:
         below = low.get(key)
         if isinstance(value, _Partial) and isinstance(below, _Partial):
             _merge(below, value)
+        elif isinstance(value, dict) and isinstance(below, dict):
+            low[key] = below | value  # a table of free names
         else:
             low[key] = value
 

@@ -127,6 +127,17 @@ class Lora:
         return f"rank {rank}" + ("" if name == "LoRA" else f" {name}")
 
 
+def is_lora_file(path: Path) -> bool:
+    """Whether this is a LoRA, a safetensors file or a folder of one; nothing else is an error."""
+    if not path.exists() or path.suffix in (".ckpt", ".pt") or (path / "model_index.json").exists():
+        return False
+    try:
+        Lora(path)
+    except FileError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class _Edit:
     """One change of one parameter."""

@@ -22,7 +22,8 @@ HASH_KEY = "modelspec.hash_sha256"
 """Metadata: the hash of all bytes after the header."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_NO_HASH = "0x" + "0" * 64
+BODY_HASH = "0" * 64
+"""A value in the metadata that becomes the hash of all bytes after the header, in hexadecimal digits."""
 _CHUNK = 1 << 24
 """Bytes written at a time."""
 
@@ -54,7 +55,8 @@ def write_pending(
     Args:
         path: see :func:`sdxl_cli.checkpoint.atomic.atomic_write`.
         tensors: by name.
-        metadata: text by name; ``modelspec.hash_sha256``, the hash of all tensor bytes, is added.
+        metadata: text by name; ``modelspec.hash_sha256``, the hash of all tensor bytes, is added, and takes the
+            place of :data:`BODY_HASH`.
         overwrite: whether an existing file may be replaced.
 
     Raises:
@@ -63,7 +65,7 @@ def write_pending(
     """
     path = Path(path)
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    notes = {str(key): str(value) for key, value in (metadata or {}).items()} | {HASH_KEY: _NO_HASH}
+    notes = {str(key): str(value) for key, value in (metadata or {}).items()} | {HASH_KEY: f"0x{BODY_HASH}"}
     header = _header({name: tensors[name] for name in order}, notes)
     with atomic_write(path, overwrite=overwrite) as temporary:
         require_room(path, len(header) + sum(tensor.size for tensor in tensors.values()))
@@ -71,7 +73,7 @@ def write_pending(
             file.write(header)
             digest = _write_all(file, (tensors[name] for name in order))
             file.seek(0)
-            file.write(header.replace(_NO_HASH.encode(), f"0x{digest}".encode(), 1))
+            file.write(header.replace(BODY_HASH.encode(), digest.encode()))
 
 
 def require_room(path: Path, size: int) -> None:

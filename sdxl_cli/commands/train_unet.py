@@ -11,6 +11,7 @@ from sdxl_cli import console as consoles
 from sdxl_cli.commands import generate
 from sdxl_cli.commands._options import Config, Json, Quiet, Set
 from sdxl_cli.commands._training import (
+    STEP,
     WATCH,
     Accumulate,
     BatchSize,
@@ -36,7 +37,7 @@ from sdxl_cli.commands._training import (
 from sdxl_cli.commands._working import aliases, read_prompts
 
 PANEL = "Train"
-OBJECTIVE = "Objective"
+OBJECTIVE, LORA = "Objective", "LoRA"
 OWN_KEYS = (
     "prediction",
     "zero_terminal_snr",
@@ -49,8 +50,19 @@ OWN_KEYS = (
     "sample_every",
     "validate_every",
     "save_model_every",
+    "train_text_encoders",
 )
 """Parameters that are keys of the configuration, too."""
+NAMED_KEYS = {
+    "rank": "lora.rank",
+    "alpha": "lora.alpha",
+    "dora": "lora.dora",
+    "layout": "lora.layout",
+    "unet_lr": "loop.optimizer.rates.unet",
+    "clip_l_lr": "loop.optimizer.rates.clip_l",
+    "big_g_lr": "loop.optimizer.rates.big_g",
+}
+"""Parameters -> keys of other names."""
 
 
 def command(
@@ -60,8 +72,15 @@ def command(
     ] = None,
     output: Output = Path("runs/unet"),
     preset: PresetName = "unet-tiny",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Model to start from, or that the LoRA is for.", metavar="FILE"),
+    ] = None,
     init: Annotated[
-        str | None, typer.Option("--init", "--model", "-m", help="Model to start from.", metavar="FILE")
+        str | None,
+        typer.Option(
+            "--init", "--network-weights", help="The same, or a LoRA to go on from.", metavar="FILE"
+        ),
     ] = None,
     vae: Annotated[
         str | None, typer.Option("--vae", help="Autoencoder that encodes the pictures.", metavar="FILE")
@@ -122,11 +141,71 @@ def command(
             rich_help_panel=WATCH,
         ),
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank",
+            "--network-dim",
+            help="Of a LoRA's changes; 0 trains the weights themselves.",
+            metavar="N",
+            rich_help_panel=LORA,
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            "--alpha",
+            "--network-alpha",
+            help="Changes count alpha / rank; 0 takes the rank.",
+            metavar="X",
+            rich_help_panel=LORA,
+        ),
+    ] = None,
+    dora: Annotated[
+        bool | None,
+        typer.Option("--dora/--no-dora", help="Train magnitudes apart, as DoRA does.", rich_help_panel=LORA),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Names in the file: kohya or diffusers.", metavar="NAME", rich_help_panel=LORA),
+    ] = None,
+    train_text_encoders: Annotated[
+        bool | None,
+        typer.Option(
+            "--train-text-encoders/--freeze-text-encoders",
+            help="Train the text encoders, or a LoRA of them, too.",
+            rich_help_panel=STEP,
+        ),
+    ] = None,
     max_steps: MaxSteps = None,
     batch_size: BatchSize = None,
     accumulate: Accumulate = None,
     optimizer: OptimizerChoice = None,
     learning_rate: LearningRate = None,
+    unet_lr: Annotated[
+        float | None,
+        typer.Option("--unet-lr", help="Of the U-Net alone; 0 leaves it.", metavar="X", rich_help_panel=STEP),
+    ] = None,
+    clip_l_lr: Annotated[
+        float | None,
+        typer.Option(
+            "--clip-l-lr",
+            "--learning-rate-te1",
+            help="Of the first text encoder alone.",
+            metavar="X",
+            rich_help_panel=STEP,
+        ),
+    ] = None,
+    big_g_lr: Annotated[
+        float | None,
+        typer.Option(
+            "--big-g-lr",
+            "--learning-rate-te2",
+            help="Of the second text encoder alone.",
+            metavar="X",
+            rich_help_panel=STEP,
+        ),
+    ] = None,
     lr_scheduler: LrScheduler = None,
     warmup_steps: WarmupSteps = None,
     max_grad_norm: MaxGradNorm = None,
@@ -212,7 +291,7 @@ def command(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train a U-Net on the pictures of a manifest.
+    """Train a U-Net, or a LoRA, on the pictures of a manifest.
 
     Ctrl-C finishes the step and saves; the same command with --resume goes on where it stopped.
     """
@@ -221,17 +300,20 @@ def command(
     from sdxl_cli import presets
     from sdxl_cli.generation.request import GenerateRequest
     from sdxl_cli.training.config import UNetTrainConfig
-    from sdxl_cli.training.unet_request import UNetRequest
+    from sdxl_cli.training.unet_request import UNetRequest, starting_points
     from sdxl_cli.training.unet_run import train_unet, try_unet
 
     console = consoles.configure(quiet=quiet, json=as_json)
     flags = loop_keys(given) | {name: given[name] for name in OWN_KEYS}
+    flags |= {key: given[name] for name, key in NAMED_KEYS.items()}
     resolved = presets.layered(UNetTrainConfig, preset=preset, config=config, sets=sets or (), flags=flags)
+    start, lora = starting_points(model, init, resolved)
     request = UNetRequest(
         data=data,
         output=output,
         config=resolved,
-        init=init,
+        init=start,
+        lora=lora,
         vae=vae,
         text_from=text_from,
         cache=cache,

@@ -166,6 +166,38 @@ class VAETrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Small changes beside frozen weights that are trained instead of them; see docs/lora.md."""
+
+    rank: int = 0
+    """Of each change; 0 trains the weights themselves."""
+    alpha: float = 0.0
+    """A change counts alpha / rank, so that rates hold for any rank; 0 takes the rank."""
+    conv_rank: int = 0
+    conv_alpha: float = 0.0
+    """Of convolutions of more than one pixel; 0 takes those of the other layers."""
+    dropout: float = 0.0
+    """Chance of each input of a change to be left out of a step."""
+    dora: bool = False
+    """Train the length of each output's weights apart from their direction (arXiv 2402.09353)."""
+    targets: tuple[str, ...] = ("attention", "feedforward", "projections")
+    """Layers with a change: attention, feedforward, projections, convolutions, embeddings, ends; the end of a layer's
+    path, such as ``attn2.to_k``; or a pattern, such as ``unet.middle_block.*``."""
+    layout: Literal["kohya", "diffusers"] = "kohya"
+    """Whose names the tensors of the file have."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.conv_rank < 0:
+            raise UsageError("lora.rank and lora.conv_rank must be 0 or above")
+        if self.alpha < 0 or self.conv_alpha < 0:
+            raise UsageError("lora.alpha and lora.conv_alpha must be above 0, or 0 for as much as the rank")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"lora.dropout is {self.dropout}; it is a chance, 0 to below 1")
+        if not self.targets:
+            raise UsageError("lora.targets is empty; name at least one, such as attention")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class UNetTrainConfig:
     """``sdxl train-unet``."""
 
@@ -234,6 +266,9 @@ class UNetTrainConfig:
     """Steps between model files that are kept; 0 writes the last one only."""
     save_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the model file; the state keeps fp32."""
+    frozen_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """What weights that are not trained are kept in; auto: what is computed in."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:

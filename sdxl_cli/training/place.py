@@ -5,9 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
+from sdxl_cli.errors import UsageError
 from sdxl_cli.generation.device import pick_device
-from sdxl_cli.training.config import LoopConfig
+from sdxl_cli.training.config import LoopConfig, UNetTrainConfig
+
+SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Precisions of files."""
 
 
 def training_device(config: LoopConfig) -> torch.device:
@@ -25,6 +30,22 @@ def compute_dtype(config: LoopConfig, device: torch.device) -> torch.dtype:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if config.dtype == "bf16" else torch.float32
+
+
+def hold_frozen(model: nn.Module, config: UNetTrainConfig) -> None:
+    """Keep what is not trained in the precision that the configuration says; norms and biases stay fp32.
+
+    Raises:
+        UsageError: it is one that is not computed in.
+    """
+    computed = compute_dtype(config.loop, next(model.parameters()).device)
+    if config.frozen_dtype == "bf16" and computed != torch.bfloat16:
+        raise UsageError('frozen_dtype = "bf16" needs --dtype bf16: in fp32 every step would convert them')
+    if config.frozen_dtype == "fp32" or computed == torch.float32:
+        return
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.ndim > 1:
+            parameter.data = parameter.data.to(computed)
 
 
 def computing(config: LoopConfig, device: torch.device) -> AbstractContextManager[object]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from sdxl_cli import presets
 from sdxl_cli.checkpoint.atomic import atomic_write
@@ -24,17 +27,14 @@ from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.config import UNetTrainConfig
 from sdxl_cli.training.ema import swapped_in
+from sdxl_cli.training.export import Export, file_name
 from sdxl_cli.training.loop import Run
+from sdxl_cli.training.place import computing
 
 FOLDER, COMMANDS = "samples", "commands.txt"
 NEEDS_FILES = frozenset({"refiner_mode", "refiner_strength", "refiner_switch_at"})
 
 Wanted = GenerateRequest
-
-
-def model_name(step: int) -> str:
-    """The file of the model after so many steps."""
-    return f"model-{step:06d}.safetensors"
 
 
 def sample_plans(lines: Sequence[Line], config: UNetTrainConfig) -> list[Wanted]:
@@ -82,6 +82,8 @@ class Samples:
     config: UNetTrainConfig
     folder: Path
     """Of the run."""
+    export: Export
+    """What writes the files that the pictures can be made with again."""
 
     def after_step(self, run: Run, done: int) -> None:
         """See :class:`~sdxl_cli.training.loop.Watcher`."""
@@ -90,10 +92,15 @@ class Samples:
         run.free_gradients()  # room for the pictures
         whole = self._whole().eval()
         try:
-            with swapped_in(run.averaged(), run.parameters):
+            with swapped_in(run.averaged(), run.parameters), self._computing():
                 self._make(whole, done)
         finally:
             whole.train()
+
+    def _computing(self) -> AbstractContextManager[object]:
+        """The precision of training, where weights that are not trained are kept in it."""
+        kept = next((p for p in self.model.parameters() if p.dtype != torch.float32), None)
+        return nullcontext() if kept is None else computing(self.config.loop, kept.device)
 
     def _whole(self) -> SDXL:
         """The model with its autoencoder, sharing all weights."""
@@ -105,7 +112,7 @@ class Samples:
 
     def _make(self, whole: SDXL, done: int) -> None:
         formulation = Formulation(self.config.prediction, self.config.zero_terminal_snr)
-        models = Models(base=LoadedWeights(whole, model_name(done), formulation=formulation))
+        models = Models(base=LoadedWeights(whole, file_name(self.export, done), formulation=formulation))
         commands = []
         for number, request in enumerate(self.wanted):
             plan = plan_generation(request, whole.config, formulation=formulation)
@@ -124,8 +131,8 @@ class Samples:
     def _command(self, picture: Path, done: int) -> str:
         every = self.config.save_model_every
         kept = bool(every) and done % every == 0
-        file = self.folder / (model_name(done) if kept else "model.safetensors")
-        command = shlex.join(["sdxl", "generate", "--from", str(picture), "--model", str(file)])
+        file = self.folder / file_name(self.export, done if kept else None)
+        command = shlex.join(["sdxl", "generate", "--from", str(picture), *self.export.arguments(file)])
         last = done == self.config.loop.max_steps
         return command if kept or last else f"{command}  # step {done} was not kept: see save_model_every"
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_cli.checkpoint.files import ModelFiles
+from sdxl_cli.checkpoint.locate import locate
+from sdxl_cli.checkpoint.lora import is_lora_file
 from sdxl_cli.console import get as console
 from sdxl_cli.data.manifest import Manifest
 from sdxl_cli.diffusion.formulation import Formulation
@@ -24,7 +26,9 @@ class UNetRequest:
     output: Path
     config: UNetTrainConfig
     init: str | None = None
-    """A model to start from."""
+    """A model to start from, or that a LoRA is for; None: that of a LoRA is what generation takes by itself."""
+    lora: str | None = None
+    """A LoRA to go on from."""
     vae: str | None = None
     """The autoencoder, when there is no ``init`` or another one is wanted."""
     text_from: str | None = None
@@ -49,6 +53,32 @@ def named(name: str) -> ModelConfig:
     return CONFIGS[name]
 
 
+def starting_points(
+    model: str | None, init: str | None, config: UNetTrainConfig
+) -> tuple[str | None, str | None]:
+    """What ``--model`` and ``--init`` mean: the model to begin with, and a LoRA to go on from.
+
+    Raises:
+        UsageError: they do not go together, or a LoRA is to be the start of something else.
+    """
+    path = Path(init).expanduser() if init else None
+    is_lora = path is not None and is_lora_file(path)
+    if is_lora and not config.lora.rank:
+        raise UsageError(f"--init {init} is a LoRA; give --preset lora to go on with it, or a model to train")
+    if model and init and not is_lora:
+        raise UsageError("--model and --init both name a model to begin with; give one of them")
+    return (model, init) if is_lora else (model or init, None)
+
+
+def base_of(request: UNetRequest) -> ModelFiles:
+    """The model that training begins with.
+
+    Raises:
+        FileError, UsageError, NetworkError: see :func:`~sdxl_cli.checkpoint.locate.locate`.
+    """
+    return locate(request.init, "model")
+
+
 def require_inputs(request: UNetRequest) -> Path:
     """The manifest, when there is all that the stage needs.
 
@@ -58,9 +88,11 @@ def require_inputs(request: UNetRequest) -> Path:
     config, missing = request.config, []
     if request.data is None:
         missing.append("--data FILE, a manifest that bucket-dataset wrote")
-    if config.starts_from == "weights" and not request.init:
+    # the model that a LoRA is for may be the one that generation takes by itself
+    has_start = bool(request.init or config.lora.rank)
+    if config.starts_from == "weights" and not has_start:
         missing.append(f"--init FILE, the {config.model} model that this stage goes on from")
-    elif not request.init:
+    elif not has_start:
         if not request.vae:
             missing.append("--vae FILE, the autoencoder that encodes the pictures")
         if not (request.text_from or config.train_text_encoders):

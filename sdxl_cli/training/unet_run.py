@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.read import load_model, load_vae
-from sdxl_cli.checkpoint.write import save_model
 from sdxl_cli.console import get as console
 from sdxl_cli.data.cache import LatentCache, TextCache, weights_hash
 from sdxl_cli.data.encoding import fill_latents
@@ -23,16 +23,18 @@ from sdxl_cli.model import text, unet
 from sdxl_cli.model.config import Part
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
-from sdxl_cli.training.config import UNetTrainConfig
+from sdxl_cli.training.export import Export, ModelExport, SaveModels, file_name
 from sdxl_cli.training.folder import prepare
 from sdxl_cli.training.loop import Run, Watcher
+from sdxl_cli.training.lora_run import learn_lora
 from sdxl_cli.training.measuring import LargestBatch, Measured, NoBatches, measure
 from sdxl_cli.training.parts import choose_trained, trained_parts, with_part_rates
-from sdxl_cli.training.place import training_device
-from sdxl_cli.training.samples import Samples, Wanted, model_name, sample_plans
+from sdxl_cli.training.place import hold_frozen, training_device
+from sdxl_cli.training.samples import Samples, Wanted, sample_plans
 from sdxl_cli.training.text_cache import cached_text
 from sdxl_cli.training.unet_request import (
     UNetRequest,
+    base_of,
     named,
     require_captions,
     require_inputs,
@@ -41,12 +43,7 @@ from sdxl_cli.training.unet_request import (
 )
 from sdxl_cli.training.unet_task import UNetTask
 from sdxl_cli.training.validation import Validation
-from sdxl_cli.training.vocabulary import compact, expand
-
-RESULT = "model.safetensors"
-EDM_RANGE = {"edm_vpred.sigma_min": torch.tensor(0.002), "edm_vpred.sigma_max": torch.tensor(120.0)}
-"""Tensors by which ComfyUI knows a continuous v model, and the noise levels it then draws from."""
-SAVE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from sdxl_cli.training.vocabulary import compact
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +74,27 @@ def train_unet(request: UNetRequest) -> UNetResult:
     task, ids = _task(request, vae, manifest, device)
     folder = request.cache or request.output / "latents"
     cache, text = fill_cache(manifest, vae, folder), _text_cache(request, task, manifest, folder)
-    task.batches = BatchLoader(
+    task.batches = loader = BatchLoader(
         manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache, text=text
     )
-    export = Export(task.module, vae, ids, config)
+    export: Export = ModelExport(task.module, vae, ids, config)
+    if config.lora.rank:
+        # last, as whatever has read its weights knew the model by its own names
+        export = learn_lora(request, task.module, manifest, loader.sampler.batches_per_epoch)
+    hold_frozen(task.module, config)
     watchers = _watchers(request, task, vae, export, plans, text)
-    if not plans:
-        vae.to("cpu")  # pictures are encoded, and none are made: its room is the U-Net's
-    record = _record(task.module, vae, config, ids)
+    if not plans:  # pictures are encoded, and none are made: the room is the U-Net's
+        vae.to("cpu")
+        if text is not None:
+            task.module.conditioner.to("cpu")
+    record = _record(request, task.module, vae, ids)
     loop = with_part_rates(config.loop, task.module.config)
     run = Run(task, loop, request.output, record, watchers)
     if request.resume:
         run.resume()
     run.train()
-    path = request.output / RESULT
-    export.write(path, run.averaged())
+    path = request.output / file_name(export)
+    export.write(path, run.averaged(), run.progress.step)
     return UNetResult(path, run.progress.step, run.progress.loss)
 
 
@@ -109,6 +112,9 @@ def try_unet(request: UNetRequest) -> Measured:
     torch.manual_seed(config.loop.seed)
     vae = _vae(request)
     task, _ = _task(request, vae, manifest, device)
+    if config.lora.rank:
+        learn_lora(request, task.module, manifest, 1)
+    hold_frozen(task.module, config)
     task.batches = LargestBatch(manifest, config.loop.batch_size, vae.config)
     height, width = task.batches.size
     return measure(task, with_part_rates(config.loop, task.module.config), f"{width}x{height}")
@@ -144,13 +150,18 @@ def _watchers(
         batches = BatchLoader(manifest, config.loop.batch_size, cache=cache, text=text, remainder="short")
         found.append(Validation(task, batches, config))
     if plans:
-        found.append(Samples(task.module, vae, plans, config, request.output))
+        found.append(Samples(task.module, vae, plans, config, request.output, export))
     return found
 
 
-def _record(model: SDXL, vae: Autoencoder, config: UNetTrainConfig, ids: Tensor | None) -> dict[str, object]:
+def _record(request: UNetRequest, model: SDXL, vae: Autoencoder, ids: Tensor | None) -> dict[str, object]:
     """What a run must be to go on with a state."""
+    config = request.config
+    lora: dict[str, object] = {}
+    if config.lora.rank:
+        lora = asdict(replace(config.lora, layout="kohya")) | {"base": base_of(request).sha256}
     return {
+        "lora": lora,
         "task": "unet",
         **asdict(model.config),
         "vae_weights": weights_hash(vae.state_dict()),
@@ -184,16 +195,17 @@ def fill_cache(manifest: Manifest, vae: Autoencoder, folder: Path) -> LatentCach
 
 
 def _vae(request: UNetRequest) -> Autoencoder:
-    files = locate(request.vae, "vae") if request.vae else locate(request.init or "", "model")
+    files = locate(request.vae, "vae") if request.vae else base_of(request)
     return load_vae(files, dtype=torch.float32)
 
 
 def _model(request: UNetRequest, vae: Autoencoder) -> SDXL:
     """U-Net and text encoders, with gradients on what is trained; its configuration has ``vae``'s in it."""
     config = request.config
-    if request.init:
-        require_same_prediction(locate(request.init, "model"), config)
-        model = _load(request.init, ("unet", "text"))
+    if request.init or config.lora.rank:
+        files = base_of(request)
+        require_same_prediction(files, config)
+        model = _load(files, ("unet", "text"))
     else:
         model = SDXL(named(config.model), ("unet", "text"))
         unet.initialize(model.unet, model.config.big_g.embed_dim)
@@ -211,13 +223,15 @@ def _model(request: UNetRequest, vae: Autoencoder) -> SDXL:
     return model
 
 
-def _load(spec: str, parts: Collection[Part]) -> SDXL:
-    return load_model(locate(spec, "model"), parts, dtype=torch.float32, vae_dtype=torch.float32)
+def _load(files: ModelFiles, parts: Collection[Part]) -> SDXL:
+    return load_model(files, parts, dtype=torch.float32, vae_dtype=torch.float32)
 
 
 def _learns_words(request: UNetRequest, model: SDXL) -> bool:
     """Whether the token tables are to have the captions' words only: not when they were trained on all."""
     built = not request.init and not request.text_from
+    if request.config.lora.rank:  # changes layers, not the table of tokens
+        return False
     return request.config.train_text_encoders and (built or model.known_token_ids is not None)
 
 
@@ -227,7 +241,7 @@ def _copy_text(model: SDXL, spec: str) -> None:
     Raises:
         UsageError: they are of another size, or there are too few of them.
     """
-    source = _load(spec, ["text"])
+    source = _load(locate(spec, "model"), ["text"])
     mine, theirs = model.config, source.config
     if mine.big_g != theirs.big_g or mine.clip_l not in (None, theirs.clip_l):
         raise UsageError(
@@ -272,47 +286,3 @@ class _Tokens:
                 )
             self.seen[caption] = torch.tensor(ids_l[: self.length]), torch.tensor(ids_g[: self.length])
         return self.seen[caption]
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    """Writes the whole model with trained parameters in it."""
-
-    model: SDXL
-    vae: Autoencoder
-    ids: Tensor | None
-    """Token ids that the tables were cut down to."""
-    config: UNetTrainConfig
-
-    def write(self, path: Path, trained: Mapping[str, Tensor]) -> None:
-        """As one file that generation reads."""
-        model, config = self.model, self.config
-        state = {name: value.detach() for name, value in model.state_dict().items()} | dict(trained)
-        if self.ids is not None:
-            state = expand(state, self.ids, model.config.big_g.vocab_size)
-        state |= {f"first_stage_model.{name}": value for name, value in self.vae.state_dict().items()}
-        if config.objective == "edm":
-            state |= EDM_RANGE
-        save_model(
-            path,
-            state,
-            replace(model.config, native_size=config.native_size or model.config.native_size),
-            dtype=SAVE_DTYPES[config.save_dtype],
-            prediction=config.prediction,
-            zero_terminal_snr=config.zero_terminal_snr,
-            keep_token_ids=None if model.known_token_ids is None else sorted(model.known_token_ids),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SaveModels:
-    """Keeps a model file of every so many steps: ``model-000500.safetensors``."""
-
-    export: Export
-    folder: Path
-    every: int
-
-    def after_step(self, run: Run, done: int) -> None:
-        """See :class:`~sdxl_cli.training.loop.Watcher`."""
-        if done % self.every == 0:
-            self.export.write(self.folder / model_name(done), run.averaged())

@@ -62,6 +62,9 @@ class UNetTask:
     def step(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """See :class:`~sdxl_cli.training.loop.Task`."""
         batch = self.batches.batch(index)
+        if self.config.lora.dropout:
+            # layers draw from torch's own generator; that of the step decides it, so that runs can be resumed
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         loss, per_sample, levels = self._losses(batch, generator)
         count = len(per_sample)
         per_sample = per_sample.cpu()

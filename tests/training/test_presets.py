@@ -11,7 +11,7 @@ from sdxl_cli.model.config import CONFIGS
 from sdxl_cli.presets import layered, load, preset_dir
 from sdxl_cli.training.config import UNetTrainConfig
 
-STAGES = ("pretrain-256", "pretrain-512", "multiaspect", "refiner", "finetune")
+STAGES = ("pretrain-256", "pretrain-512", "multiaspect", "refiner", "finetune", "lora")
 
 
 def stage(name: str) -> UNetTrainConfig:
@@ -61,3 +61,13 @@ def test_flags_beat_sets_beat_the_preset() -> None:
         flags={"loop.max_steps": 3, "loop.seed": None},
     )
     assert (config.noise_offset, config.loop.max_steps, config.loop.seed) == (0.1, 3, 0)
+
+
+def test_a_flag_changes_one_rate_of_a_preset_and_leaves_the_others() -> None:
+    config = layered(
+        UNetTrainConfig,
+        preset="lora",
+        sets=["loop.optimizer.rates.unet=2e-4"],
+        flags={"loop.optimizer.rates.clip_l": 3e-5},
+    )
+    assert config.loop.optimizer.rates == {"unet": 2e-4, "clip_l": 3e-5, "big_g": 1e-5}
