@@ -126,46 +126,6 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VAELossConfig:
-    """Weights of the autoencoder's loss terms, all means over the batch."""
-
-    l1: float = 1.0
-    l2: float = 1.0
-    lowpass: float = 0.0
-    """L1 between averages over blocks of 8 and 32 pixels: keeps the hue of flat areas."""
-    kl: float = 1e-6
-    """Times the KL divergence in nats per latent value."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VAETrainConfig:
-    """``sdxl train-vae``."""
-
-    model: str = "tiny"
-    """Which configuration's autoencoder is built when training starts from nothing."""
-    levels: int = 0
-    """Build only the first levels of that configuration, to grow the rest later; 0 builds all."""
-    normalize_latents: bool = True
-    """At the end, give every latent channel mean 0 and, times the scale factor, deviation 1. An autoencoder whose
-    training goes on from a file keeps its latents: there may be U-Nets that know them."""
-    crop_sizes: tuple[int, ...] = (256,)
-    """Each step trains on random crops of one of these sides, in pixels, drawn in proportion to
-    ``crop_weights``."""
-    crop_weights: tuple[float, ...] = (1.0,)
-    pixels_per_step: int = 0
-    """With several crop sizes: as many crops as make up this many pixels, at least one; 0 takes
-    ``loop.batch_size`` crops whatever their size."""
-    loss: VAELossConfig = field(default_factory=VAELossConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-
-    def __post_init__(self) -> None:
-        if len(self.crop_sizes) != len(self.crop_weights) or not self.crop_sizes:
-            raise UsageError("crop_sizes and crop_weights must be lists of the same length, at least 1")
-        if odd := [side for side in self.crop_sizes if side < 8 or side % 8]:
-            raise UsageError(f"crop_sizes has {odd[0]}; sides must be multiples of 8")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
     """Small changes beside frozen weights that are trained instead of them; see docs/lora.md."""
 

@@ -3,61 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdxl_cli.model.discriminator import PatchDiscriminator
 from sdxl_cli.model.vae import Autoencoder, Moments
-from sdxl_cli.training.config import VAELossConfig, VAETrainConfig
+from sdxl_cli.training.adversarial import DISCRIMINATOR_LOSSES
 from sdxl_cli.training.metrics import statistics
 from sdxl_cli.training.place import computing
+from sdxl_cli.training.turns import Turn
+from sdxl_cli.training.vae_config import VAETrainConfig
+from sdxl_cli.training.vae_losses import (
+    Distance,
+    Reconstructed,
+    ReconstructionLoss,
+    with_adversary,
+    without_adversary,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
-LOWPASS_BLOCKS = (8, 32)
-"""Sides of the blocks whose averages are compared, in pixels."""
+READERS = 8
+"""Threads that decode pictures."""
 
 
-def lowpass_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference of block averages: what is left of an error when details are ignored.
+class LearnedScale(Autoencoder):
+    """An autoencoder and the scale of its errors, which is learnt along with it."""
 
-    Args:
-        prediction: [B, 3, H, W].
-        target: the same.
-    """
-    difference = prediction - target
-    blocks = [b for b in LOWPASS_BLOCKS if b <= min(difference.shape[-2:])]
-    return torch.stack([F.avg_pool2d(difference, b).abs().mean() for b in blocks]).mean()
+    def __init__(self, vae: Autoencoder, logvar: float) -> None:
+        """``vae`` lends its networks; ``logvar`` is where ln of the scale begins."""
+        nn.Module.__init__(self)
+        self.config = vae.config
+        self.encoder, self.decoder = vae.encoder, vae.decoder
+        self.quant_conv, self.post_quant_conv = vae.quant_conv, vae.post_quant_conv
+        self.logvar = nn.Parameter(torch.tensor(logvar, device=vae.quant_conv.weight.device))
 
 
-def reconstruction_loss(
-    config: VAELossConfig, output: Tensor, image: Tensor, moments: Moments
-) -> tuple[Tensor, dict[str, float]]:
-    """The weighted sum of all terms, and each term by name.
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """All that is random in a batch."""
 
-    Args:
-        config: weights.
-        output: decoded images [B, 3, H, W].
-        image: the originals, -1 … 1.
-        moments: the posterior the latents were drawn from.
-    """
-    terms = {
-        "l1": (output - image).abs().mean(),
-        "l2": (output - image).square().mean(),
-        "lowpass": lowpass_l1(output, image),
-        "kl": moments.kl().mean() / moments.mean[0].numel(),
-    }
-    start = torch.zeros((), device=image.device)
-    loss = sum((getattr(config, name) * term for name, term in terms.items()), start)
-    return loss, {name: float(term.detach()) for name, term in terms.items()}
+    image: Tensor
+    """Crops [B, 3, side, side]."""
+    noise: Tensor
+    """By which latents differ from their means, in deviations [B, z, h, w]."""
 
 
 @dataclass
 class VAETask:
-    """Random crops of random images, reconstructed."""
+    """Random crops of random images, reconstructed, and with a discriminator told from what they should be."""
 
     module: Autoencoder
     images: Sequence[Tensor]
@@ -65,26 +63,93 @@ class VAETask:
     config: VAETrainConfig
     names: Sequence[str] = ()
     """Of the images, for errors."""
+    perceptual: Distance | None = None
+    """LPIPS, where the loss has it."""
+    discriminator: PatchDiscriminator | None = None
+    _loss: ReconstructionLoss = field(init=False)
+    _readers: ThreadPoolExecutor = field(init=False, repr=False)
+    _drawn: dict[int, Drawn] = field(default_factory=dict, repr=False)
+    """Crops that the discriminator's turn of this step is still to see."""
+
+    def __post_init__(self) -> None:
+        self._loss = ReconstructionLoss(self.config.loss, self.perceptual)
+        self._readers = ThreadPoolExecutor(READERS, "pictures")
+
+    @property
+    def turns(self) -> Sequence[Turn]:
+        """See :class:`~sdxl_cli.training.turns.TakesTurns`."""
+        first = Turn("", self.module, self.step)
+        if self.discriminator is None:
+            return (first,)
+        own = self.config.adversarial
+        second = Turn(
+            "disc",
+            self.discriminator,
+            self.discriminate,
+            optimizer=own.optimizer,
+            averaged=False,
+            since=own.start,
+        )
+        return first, second
 
     def step(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """See :class:`~sdxl_cli.training.loop.Task`."""
-        image, _ = self._batch(generator)
-        device = next(self.module.parameters()).device
-        image = image.to(device, memory_format=torch.channels_last)
-        with computing(self.config.loop, device):
-            moments = self.module.encode(image)
-            moments = Moments(moments.mean.float(), moments.logvar.float())
-            noise = torch.randn(moments.mean.shape, generator=generator)
-            output = self.module.decode(moments.sample(noise.to(image)))
-        loss, terms = reconstruction_loss(self.config.loss, output.float(), image, moments)
-        return loss, {**terms, "images": float(len(image))}
+        """See :class:`~sdxl_cli.training.turns.Task`."""
+        drawn = self._draw(generator)
+        if self.discriminator is not None and self._is_adversarial(index):
+            self._drawn[index] = drawn
+        batch = self._reconstruct(drawn)
+        logvar = self.module.logvar if isinstance(self.module, LearnedScale) else None
+        if self.discriminator is None or not self._is_adversarial(index):
+            loss, said = without_adversary(self._loss, batch, logvar)
+        else:
+            last, own = self.module.decoder.conv_out, self.config.adversarial
+            loss, said = with_adversary(self._loss, batch, logvar, self.discriminator, last, own)
+        return loss, {**said, "images": float(len(batch.image))}
+
+    def discriminate(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """The discriminator's step: the same crops, after the autoencoder's.
+
+        Real and fake pictures go through it one after the other, each kind normalised by itself, as in the original.
+        """
+        assert self.discriminator is not None
+        own = self.config.adversarial
+        with torch.no_grad():
+            batch = self._reconstruct(self._drawn.pop(index))
+        real, fake = (self.discriminator(pictures).float() for pictures in (batch.image, batch.output))
+        loss = own.factor * DISCRIMINATOR_LOSSES[own.loss](real, fake)
+        said = {"logits_real": float(real.detach().mean()), "logits_fake": float(fake.detach().mean())}
+        return loss, {**said, "images": float(len(batch.image))}
 
     @torch.no_grad()
     def describe(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """See :class:`~sdxl_cli.training.loop.Task`."""
+        """See :class:`~sdxl_cli.training.turns.Task`."""
         image, picks = self._batch(generator)
         names = [self.names[i] if self.names else str(i) for i in picks]
         return {"ids": names, "images": statistics(image), "crop": list(image.shape[-2:])}
+
+    def _is_adversarial(self, index: int) -> bool:
+        return index // self.config.loop.batches_per_step() >= self.config.adversarial.start
+
+    def _draw(self, generator: torch.Generator) -> Drawn:
+        image, _ = self._batch(generator)
+        factor = self.module.config.downsampling
+        shape = len(image), self.module.config.z_channels, *(side // factor for side in image.shape[-2:])
+        return Drawn(image, torch.randn(shape, generator=generator))
+
+    def _reconstruct(self, drawn: Drawn) -> Reconstructed:
+        """A batch of crops, encoded, drawn from the posterior and decoded."""
+        device = next(self.module.parameters()).device
+        image = drawn.image.to(device, memory_format=torch.channels_last)
+        seen: list[Tensor] = []
+        hook = self.module.decoder.conv_out.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            with computing(self.config.loop, device):
+                moments = self.module.encode(image)
+                moments = Moments(moments.mean.float(), moments.logvar.float())
+                output = self.module.decode(moments.sample(drawn.noise.to(image)))
+        finally:
+            hook.remove()
+        return Reconstructed(image, output.float(), moments, seen[0])
 
     def _batch(self, generator: torch.Generator) -> tuple[Tensor, list[int]]:
         """Crops [B, 3, side, side], and which images they are of."""
@@ -95,56 +160,13 @@ class VAETask:
             max(1, config.pixels_per_step // size**2) if config.pixels_per_step else config.loop.batch_size
         )
         picks = torch.randint(len(self.images), (count,), generator=generator).tolist()
-        return torch.stack([_random_crop(self.images[i], size, generator) for i in picks]), picks
+        images = self._readers.map(self.images.__getitem__, picks)  # decoding lets other threads run
+        return torch.stack([_random_crop(image, size, generator) for image in images]), picks
 
 
 def _random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
     top, left = (int(torch.randint(side - size + 1, (), generator=generator)) for side in image.shape[-2:])
     return image[:, top : top + size, left : left + size]
-
-
-@torch.no_grad()
-def latent_statistics(vae: Autoencoder, images: Sequence[Tensor], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of unscaled posterior samples, per channel, over whole images.
-
-    Returns:
-        float64 [z], [z].
-    """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for image in images:
-        moments = vae.encode(image[None].to(next(vae.parameters()).device))
-        noise = torch.randn(moments.mean.shape, generator=generator).to(moments.mean)
-        z = moments.sample(noise).cpu().double()[0].flatten(1)
-        count += z.shape[1]
-        total, squares = total + z.sum(1), squares + z.square().sum(1)
-    mean = total / count
-    return mean, (squares / count - mean.square()).sqrt()
-
-
-@torch.no_grad()
-def normalize_latents(vae: Autoencoder, mean: Tensor, std: Tensor) -> None:
-    """Fold a shift and scale of every latent channel into the 1x1 convolutions around the latent.
-
-    Afterwards latents times ``scale_factor`` have mean 0 and deviation 1 in every channel, and
-    reconstructions are what they were.
-
-    Args:
-        vae: changed in place.
-        mean: of unscaled latents, per channel [z].
-        std: the same.
-    """
-    gain = (1.0 / (std * vae.config.scale_factor)).float()
-    shift = mean.float()
-    z = len(gain)
-    quant, post = vae.quant_conv, vae.post_quant_conv
-    assert quant.bias is not None
-    assert post.bias is not None
-    post.bias += post.weight[:, :, 0, 0] @ shift
-    post.weight /= gain.view(1, -1, 1, 1)
-    quant.weight[:z] *= gain.view(-1, 1, 1, 1)
-    quant.bias[:z] = (quant.bias[:z] - shift) * gain
-    quant.bias[z:] += 2 * gain.log()
 
 
 def fresh(module: M) -> M:

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from sdxl_cli.model.config import ModelConfig, TextTowerConfig, UNetConfig, VAEConfig
-from sdxl_cli.training.config import LoopConfig, OptimizerConfig, UNetTrainConfig, VAETrainConfig
+from sdxl_cli.training.config import LoopConfig, OptimizerConfig, UNetTrainConfig
+from sdxl_cli.training.vae_config import VAETrainConfig
 
 SMALL = ModelConfig(
     unet=UNetConfig(
@@ -68,6 +69,7 @@ def vae_config(**changes: Any) -> VAETrainConfig:
         "crop_sizes": (32, 40),
         "crop_weights": (0.5, 0.5),
         "pixels_per_step": 2048,
+        "sample_images": 0,
         "loop": loop_config(**loop),
     }
     return VAETrainConfig(**values | changes)

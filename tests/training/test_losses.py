@@ -15,9 +15,8 @@ from torch.distributions import Normal, kl_divergence
 from sdxl_cli.diffusion.denoiser import to_denoised
 from sdxl_cli.diffusion.schedule import sigma_table
 from sdxl_cli.model.vae import Moments
-from sdxl_cli.training.config import VAELossConfig
 from sdxl_cli.training.losses import add_noise, min_snr_weight, training_noise, weighted_mse
-from sdxl_cli.training.vae_task import lowpass_l1, reconstruction_loss
+from sdxl_cli.training.vae_losses import lowpass_l1
 
 LEVELS = torch.tensor([0, 1, 199, 500, 999])
 SIGMAS = sigma_table()[LEVELS]
@@ -139,22 +138,3 @@ def test_kl_is_that_of_torch_distributions() -> None:
     mean, logvar = torch.randn(2, 3, 4, 5, 6, generator=generator)
     expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum((1, 2, 3))
     torch.testing.assert_close(Moments(mean, logvar).kl(), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_reconstruction_loss_is_the_weighted_sum_of_its_terms() -> None:
-    output, image = torch.randn(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    moments = Moments(*torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(1)))
-    config = VAELossConfig(l1=0.7, l2=0.3, lowpass=2.0, kl=0.01)
-    loss, terms = reconstruction_loss(config, output, image, moments)
-    difference = (output - image).numpy()
-    posterior = Normal(moments.mean, (0.5 * moments.logvar).exp())
-    nats = float(kl_divergence(posterior, Normal(0.0, 1.0)).mean())
-    expected = {
-        "l1": np.abs(difference).mean(),
-        "l2": (difference**2).mean(),
-        "lowpass": float(lowpass_l1(output, image)),
-        "kl": nats,
-    }
-    assert terms == pytest.approx(expected, rel=1e-5)
-    weighted = sum(getattr(config, name) * value for name, value in expected.items())
-    assert float(loss) == pytest.approx(weighted, rel=1e-5)

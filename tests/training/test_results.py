@@ -26,9 +26,9 @@ from sdxl_cli.generation.weights import LoadedWeights
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.presets import load
-from sdxl_cli.training import vae_run
 from sdxl_cli.training.config import OptimizerConfig, UNetTrainConfig
 from sdxl_cli.training.images import ManifestImages
+from sdxl_cli.training.latents import latent_statistics
 from sdxl_cli.training.state import load_state
 from sdxl_cli.training.unet_request import UNetRequest
 from sdxl_cli.training.unet_run import train_unet
@@ -193,10 +193,11 @@ def test_an_autoencoder_is_written_with_normalised_latents(vae_request: VAEReque
     vae = load_vae(locate(str(result.path), "vae"), dtype=torch.float32)
     manifest = read_manifest(vae_request.data[0])
     pictures = list(ManifestImages([(manifest, row) for row in manifest.kept]))
-    mean, std = vae_run.latent_statistics(vae, pictures)
+    found = latent_statistics(vae, pictures)
     scale = SMALL.vae.scale_factor
-    assert (mean * scale).tolist() == pytest.approx([0] * 4, abs=1e-3)
-    assert (std * scale).tolist() == pytest.approx([1] * 4, abs=1e-3)
+    assert [mean * scale for mean in found.channel_mean] == pytest.approx([0] * 4, abs=1e-3)
+    assert [std * scale for std in found.channel_std] == pytest.approx([1] * 4, abs=1e-3)
+    assert result.scale_factor == scale == pytest.approx(result.measured_scale_factor, rel=1e-3)
 
 
 def test_an_autoencoder_grows_from_a_file(vae_request: VAERequest, tmp_path: Path) -> None:

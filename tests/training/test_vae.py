@@ -15,8 +15,9 @@ from sdxl_cli.model.config import VAEConfig
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.config import OptimizerConfig
 from sdxl_cli.training.growing import grow, initialize
+from sdxl_cli.training.latents import latent_statistics, normalize_latents
 from sdxl_cli.training.loop import Run
-from sdxl_cli.training.vae_task import VAETask, fresh, latent_statistics, normalize_latents
+from sdxl_cli.training.vae_task import VAETask, fresh
 from tests.training.small import vae_config
 
 F4 = VAEConfig(channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=2)
@@ -135,13 +136,13 @@ def test_normalising_latents_changes_no_reconstruction() -> None:
     pictures = list(images(6, 32))
     before = [vae.encode(image[None]) for image in pictures]
     decoded = [vae.decode(moments.mode()) for moments in before]
-    mean, std = latent_statistics(vae, pictures)
-    normalize_latents(vae, mean, std)
+    found = latent_statistics(vae, pictures)
+    normalize_latents(vae, found)
     after = [vae.encode(image[None]) for image in pictures]
     for moments, old, picture in zip(after, before, decoded, strict=True):
         torch.testing.assert_close(vae.decode(moments.mode()), picture, rtol=1e-4, atol=1e-4)
-        gain = (1 / (std * vae.config.scale_factor)).float().view(1, -1, 1, 1)
-        shift = mean.float().view(1, -1, 1, 1)
+        gain = 1 / (torch.tensor(found.channel_std) * vae.config.scale_factor).view(1, -1, 1, 1)
+        shift = torch.tensor(found.channel_mean).view(1, -1, 1, 1)
         torch.testing.assert_close(moments.mean, (old.mean - shift) * gain, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(moments.logvar, old.logvar + 2 * gain.log(), rtol=1e-4, atol=1e-4)
 
@@ -149,25 +150,30 @@ def test_normalising_latents_changes_no_reconstruction() -> None:
 def test_normalised_latents_times_the_scale_factor_have_mean_0_and_deviation_1() -> None:
     vae = random_vae(F4)
     pictures = list(images(6, 32))
-    normalize_latents(vae, *latent_statistics(vae, pictures))
-    mean, std = latent_statistics(vae, pictures)
+    normalize_latents(vae, latent_statistics(vae, pictures))
+    found = latent_statistics(vae, pictures)
     scale = vae.config.scale_factor
-    torch.testing.assert_close(mean * scale, torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-4)
-    torch.testing.assert_close(std * scale, torch.ones(4, dtype=torch.float64), rtol=1e-4, atol=0)
+    assert [mean * scale for mean in found.channel_mean] == pytest.approx([0] * 4, abs=1e-4)
+    assert [std * scale for std in found.channel_std] == pytest.approx([1] * 4, rel=1e-4)
+    assert found.scale_factor == pytest.approx(scale, rel=1e-3)
 
 
 def test_latent_statistics_are_those_of_all_values_together() -> None:
     vae = random_vae(F4)
     pictures = [*images(2, 32), *images(1, 64)]
-    mean, std = latent_statistics(vae, pictures, seed=3)
+    found = latent_statistics(vae, pictures, seed=3)
     generator = torch.Generator().manual_seed(3)
     values = []
     for picture in pictures:
         moments = vae.encode(picture[None])
         values.append(moments.sample(torch.randn(moments.mean.shape, generator=generator))[0].flatten(1))
     together = torch.cat(values, dim=1).double()
-    torch.testing.assert_close(mean, together.mean(1))
-    torch.testing.assert_close(std, together.std(1, correction=0))
+    assert found.channel_mean == pytest.approx(together.mean(1).tolist())
+    assert found.channel_std == pytest.approx(together.std(1, correction=0).tolist())
+    assert found.values == together.numel()
+    assert found.mean == pytest.approx(float(together.mean()))
+    # latent diffusion's scale_by_std: 1 / z.flatten().std()
+    assert found.scale_factor == pytest.approx(1 / float(together.flatten().std()), rel=1e-9)
 
 
 def test_crops_come_from_everywhere_and_in_the_asked_proportion() -> None:
