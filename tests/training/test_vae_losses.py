@@ -1,4 +1,4 @@
-"""Every term of the autoencoder's loss, and the gradients, against the formulas written out and against VQGAN's code."""
+"""Every term of the autoencoder's loss and its gradients, against formulas written out and against VQGAN's code."""
 
 from __future__ import annotations
 
