@@ -47,6 +47,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Raises:
         RuntimeError: on CUDA, when no fused kernel takes a problem too large for the unfused one.
     """
+    if q.is_meta:  # as on a CPU; by itself torch would count the scores that no fused kernel ever holds
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
     with sdpa_kernel(cuda_backends(q, k), set_priority=True):

@@ -282,6 +282,14 @@ VaeTiling = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Winograd = Annotated[
+    bool | None,
+    typer.Option(
+        "--winograd/--no-winograd",
+        help="On a CPU, convolutions with fewer multiplications: the same but for rounding, and faster.",
+        rich_help_panel=MACHINE,
+    ),
+]
 
 Output = Annotated[
     str | None,

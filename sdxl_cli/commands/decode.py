@@ -39,6 +39,7 @@ def command(
     device: flags.Device = None,
     vae_dtype: flags.VaeDtype = None,
     vae_tiling: flags.VaeTiling = None,
+    winograd: flags.Winograd = None,
     output: flags.Output = None,
     overwrite: flags.Overwrite = False,
     quiet: Quiet = False,
@@ -53,6 +54,7 @@ def command(
             ("device", device),
             ("vae_dtype", vae_dtype),
             ("vae_tiling", vae_tiling),
+            ("winograd", winograd),
         )
         if value is not None
     }

@@ -93,6 +93,7 @@ def command(
     vae_dtype: flags.VaeDtype = None,
     vram: flags.Vram = None,
     vae_tiling: flags.VaeTiling = None,
+    winograd: flags.Winograd = None,
     output: flags.Output = None,
     overwrite: flags.Overwrite = False,
     no_metadata: flags.NoMetadata = False,

@@ -7,9 +7,13 @@ from einops import rearrange
 from torch import Tensor
 
 from sdxl_cli.generation.checks import require_finite
+from sdxl_cli.generation.device import cpu_has_bf16
+from sdxl_cli.generation.memory import decoding_bytes
 from sdxl_cli.generation.picture import Pixels
+from sdxl_cli.generation.residency import free_bytes
 from sdxl_cli.generation.tiling import decoded_in_tiles, encoded_in_tiles
 from sdxl_cli.generation.weights import Weights
+from sdxl_cli.model import vae_strips
 from sdxl_cli.model.vae import Moments
 
 
@@ -25,9 +29,13 @@ def encode(image: Tensor, weights: Weights, *, tile: int | None = None) -> Momen
         NumericError: the autoencoder gave NaN or infinity.
     """
     vae = weights.vae()
+    strips = in_strips(weights, (image.shape[2], image.shape[3]))
 
     def both(part: Tensor) -> Tensor:
-        moments = vae.encode(part.to(weights.device, weights.vae_dtype))
+        pixels = part.to(weights.device, weights.vae_dtype)
+        moments = (
+            vae_strips.encode(vae, pixels, winograd=_winograd(weights)) if strips else vae.encode(pixels)
+        )
         return torch.cat([moments.mean, moments.logvar], dim=1)
 
     factor = weights.config.vae.downsampling
@@ -46,12 +54,34 @@ def decode(latent: Tensor, weights: Weights, *, tile: int | None = None) -> Pixe
     vae = weights.vae()
     z = vae.from_latent(latent.float()).to(weights.device, weights.vae_dtype)
     factor = weights.config.vae.downsampling
-    image = vae.decode(z) if tile is None else decoded_in_tiles(vae.decode, z, factor=factor, tile=tile)
+    strips = in_strips(weights, (z.shape[2] * factor, z.shape[3] * factor))
+
+    def pixels_of(part: Tensor) -> Tensor:
+        return vae_strips.decode(vae, part, winograd=_winograd(weights)) if strips else vae.decode(part)
+
+    image = pixels_of(z) if tile is None else decoded_in_tiles(pixels_of, z, factor=factor, tile=tile)
     image = image.float()
     require_finite(image, "the autoencoder, decoding", weights.vae_dtype, "--vae-dtype")
     levels = ((image + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
     pixels: Pixels = rearrange(levels, "1 c h w -> h w c").cpu().numpy()
     return pixels
+
+
+def in_strips(weights: Weights, size: tuple[int, int]) -> bool:
+    """Whether the autoencoder goes through a picture of (height, width) strip by strip: the same in less memory.
+
+    On a CPU always, where it is faster too; on an accelerator when there is no room for the whole.
+    """
+    if weights.device.type == "cpu":
+        return True
+    free = free_bytes(weights.device)
+    return free is not None and decoding_bytes(weights.config, size, weights.vae_dtype, strips=False) > free
+
+
+def _winograd(weights: Weights) -> bool:
+    # bf16 has too few digits for it to be worth anything where a processor does not compute in it
+    native = weights.vae_dtype != torch.bfloat16 or cpu_has_bf16()
+    return weights.winograd and weights.device.type == "cpu" and native
 
 
 def to_image(pixels: Pixels) -> Tensor:

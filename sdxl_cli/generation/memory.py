@@ -115,7 +115,7 @@ def estimate(
             unet(x, timesteps, context, vector)
         work["unet"] = seen.peak
     if decodes:
-        work["vae"] = decoding_bytes(config, size, weights.vae_dtype)
+        work["vae"] = decoding_bytes(config, size, weights.vae_dtype, strips=weights.device.type == "cpu")
     held = part_bytes(files, weights.dtype, weights.vae_dtype)
     if weights.streams:
         held["unet"] = streamed_bytes(config.unet, weights.dtype)
@@ -124,8 +124,25 @@ def estimate(
     return Needs(held, work)
 
 
-def decoding_bytes(config: ModelConfig, size: tuple[int, int], dtype: torch.dtype) -> int:
-    """What decoding a picture of (height, width) pixels in one piece needs, beside the autoencoder's weights."""
+STRIPS_WORK = 256 << 20
+"""Bytes of the strips themselves."""
+
+
+def decoding_bytes(
+    config: ModelConfig, size: tuple[int, int], dtype: torch.dtype, *, strips: bool = True
+) -> int:
+    """What decoding a picture of (height, width) pixels needs, beside the autoencoder's weights.
+
+    Args:
+        config: of the model.
+        size: of the picture.
+        dtype: what is computed in.
+        strips: whether it is done strip by strip, or in one piece.
+    """
+    if strips:
+        # the peak: what was doubled last, with its level's channels, beside the next level's first convolution
+        widths = [config.vae.channels * mult for mult in config.vae.channel_mult]
+        return math.prod(size) * (widths[0] + widths[min(1, len(widths) - 1)]) * dtype.itemsize + STRIPS_WORK
     height, width = (side // config.vae.downsampling for side in size)
     with torch.device("meta"):
         vae = SDXL(config, _VAE).vae.to(dtype).eval().requires_grad_(False)

@@ -159,6 +159,8 @@ class SamplingRequest:
     """How much stays loaded: ``high`` all, ``med`` one part at a time, ``low`` of the U-Net one block."""
     vae_tiling: bool = False
     """Decode and encode in overlapping tiles from the start; they come by themselves when memory runs out."""
+    winograd: bool = True
+    """On a CPU, convolutions with fewer multiplications where that is faster: exact algebra, rounded otherwise."""
 
     def __post_init__(self) -> None:
         self._take_lora_tags()

@@ -13,6 +13,7 @@ import numpy as np
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.errors import UsageError
 from sdxl_cli.generation import residency
+from sdxl_cli.generation.allocator import reuse_large_blocks
 from sdxl_cli.generation.device import describe, pick_device, pick_dtype, pick_vae_dtype
 from sdxl_cli.generation.lora import wear_loras
 from sdxl_cli.generation.metadata import Stored
@@ -34,6 +35,8 @@ def open_weights(
     """
     device = pick_device(request.device)
     dtype, vae_dtype = pick_dtype(request.dtype, device), pick_vae_dtype(request.vae_dtype, device)
+    if device.type == "cpu":
+        reuse_large_blocks()
     vram = residency.choose(request.vram, models, device, dtype, vae_dtype)
     report.note(f"runs on {describe(device)} in {str(dtype).removeprefix('torch.')}")
     roles = dict(zip(("base", "refiner"), models, strict=False))
@@ -46,6 +49,7 @@ def open_weights(
             vae_dtype=vae_dtype,
             stays=vram == "high",
             streams=vram == "low",
+            winograd=request.winograd,
             report=report,
         )
         for files in models

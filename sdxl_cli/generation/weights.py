@@ -12,6 +12,7 @@ from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.lora import LoraMerge, WornLora
 from sdxl_cli.checkpoint.read import load_model, stored_dtype
 from sdxl_cli.diffusion.formulation import Formulation
+from sdxl_cli.generation.allocator import give_back
 from sdxl_cli.generation.metadata import LoraRecord, ModelRecord
 from sdxl_cli.generation.observe import stage
 from sdxl_cli.generation.streaming import stream
@@ -37,6 +38,8 @@ class Weights(Protocol):
     """Whether parts remain loaded, so that going back to one costs nothing."""
     streams: bool
     """Whether of the U-Net one block is loaded at a time."""
+    winograd: bool
+    """Whether a CPU may compute convolutions with fewer multiplications."""
     loras: Sequence[WornLora]
     """What changes the weights, in order."""
 
@@ -77,6 +80,7 @@ class FileWeights:
         vae_dtype: torch.dtype,
         stays: bool = False,
         streams: bool = False,
+        winograd: bool = True,
         report: object = None,
     ) -> None:
         """``report``, when it is an observer, sees how long reading takes.
@@ -88,7 +92,7 @@ class FileWeights:
         self.files, self.config = files, files.config
         self.formulation = Formulation(files.prediction, files.identity.zero_terminal_snr)
         self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
-        self.stays, self.streams = stays, streams
+        self.stays, self.streams, self.winograd = stays, streams, winograd
         self.known_token_ids: frozenset[int] | None = None
         self.loras: Sequence[WornLora] = ()
         self._loaded: dict[Part, SDXL] = {}
@@ -123,6 +127,7 @@ class FileWeights:
             return
         self._loaded.clear()
         gc.collect()
+        give_back()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -165,6 +170,7 @@ class LoadedWeights:
 
     stays = True
     streams = False
+    winograd = True
     loras: Sequence[WornLora] = ()
 
     def __init__(self, model: SDXL, name: str, *, formulation: Formulation | None = None) -> None:
