@@ -123,6 +123,56 @@ LogEvery = Annotated[
         "--log-every", help="Steps between lines of metrics.jsonl.", metavar="N", rich_help_panel=WATCH
     ),
 ]
+SamplePrompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--sample-prompts",
+        help="Prompts of pictures to make during training, one a line as for generate --prompts-file.",
+        metavar="FILE",
+        rich_help_panel=WATCH,
+    ),
+]
+SampleEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--sample-every",
+        "--sample-every-n-steps",
+        help="Steps between them.",
+        metavar="N",
+        rich_help_panel=WATCH,
+    ),
+]
+ValidationData = Annotated[
+    Path | None,
+    typer.Option(
+        "--validation",
+        help="Manifest of held-out pictures, whose loss is measured on fixed noise.",
+        metavar="FILE",
+        rich_help_panel=WATCH,
+    ),
+]
+ValidateEvery = Annotated[
+    int | None,
+    typer.Option("--validate-every", help="Steps between measurements.", metavar="N", rich_help_panel=WATCH),
+]
+SaveModelEvery = Annotated[
+    int | None,
+    typer.Option(
+        "--save-model-every",
+        "--save-every-n-steps",
+        help="Steps between model files that are kept.",
+        metavar="N",
+        rich_help_panel=WATCH,
+    ),
+]
+CacheFolder = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Folder of encoded pictures.", metavar="DIR", show_default="in --output"),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", "-d", help="Manifest that bucket-dataset wrote.", metavar="FILE"),
+]
 
 
 LOOP_KEYS = {

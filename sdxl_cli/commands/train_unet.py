@@ -12,9 +12,10 @@ from sdxl_cli.commands import generate
 from sdxl_cli.commands._options import Config, Json, Quiet, Set
 from sdxl_cli.commands._training import (
     STEP,
-    WATCH,
     Accumulate,
     BatchSize,
+    CacheFolder,
+    Data,
     Device,
     DryRun,
     Dtype,
@@ -29,8 +30,13 @@ from sdxl_cli.commands._training import (
     Output,
     PresetName,
     Resume,
+    SampleEvery,
+    SamplePrompts,
     SaveEvery,
+    SaveModelEvery,
     Seed,
+    ValidateEvery,
+    ValidationData,
     WarmupSteps,
     loop_keys,
 )
@@ -66,10 +72,7 @@ NAMED_KEYS = {
 
 
 def command(
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", "-d", help="Manifest that bucket-dataset wrote.", metavar="FILE"),
-    ] = None,
+    data: Data = None,
     output: Output = Path("runs/unet"),
     preset: PresetName = "unet-tiny",
     model: Annotated[
@@ -89,58 +92,14 @@ def command(
         str | None,
         typer.Option("--text-from", help="Model whose text encoders are used, frozen.", metavar="FILE"),
     ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache", help="Folder of encoded pictures.", metavar="DIR", show_default="in --output"
-        ),
-    ] = None,
+    cache: CacheFolder = None,
     resume: Resume = False,
     dry_run: DryRun = False,
-    sample_prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--sample-prompts",
-            help="Prompts of pictures to make during training, one a line as for generate --prompts-file.",
-            metavar="FILE",
-            rich_help_panel=WATCH,
-        ),
-    ] = None,
-    sample_every: Annotated[
-        int | None,
-        typer.Option(
-            "--sample-every",
-            "--sample-every-n-steps",
-            help="Steps between them.",
-            metavar="N",
-            rich_help_panel=WATCH,
-        ),
-    ] = None,
-    validation: Annotated[
-        Path | None,
-        typer.Option(
-            "--validation",
-            help="Manifest of held-out pictures, whose loss is measured on fixed noise.",
-            metavar="FILE",
-            rich_help_panel=WATCH,
-        ),
-    ] = None,
-    validate_every: Annotated[
-        int | None,
-        typer.Option(
-            "--validate-every", help="Steps between measurements.", metavar="N", rich_help_panel=WATCH
-        ),
-    ] = None,
-    save_model_every: Annotated[
-        int | None,
-        typer.Option(
-            "--save-model-every",
-            "--save-every-n-steps",
-            help="Steps between model files that are kept.",
-            metavar="N",
-            rich_help_panel=WATCH,
-        ),
-    ] = None,
+    sample_prompts: SamplePrompts = None,
+    sample_every: SampleEvery = None,
+    validation: ValidationData = None,
+    validate_every: ValidateEvery = None,
+    save_model_every: SaveModelEvery = None,
     rank: Annotated[
         int | None,
         typer.Option(

@@ -35,11 +35,10 @@ class Adapter(nn.Module):
         """
         super().__init__()
         self.alpha, self.rank, self.chance = alpha, rank, dropout
-        place = {"device": weight.device, "dtype": torch.float32}
-        self.down = nn.Parameter(torch.empty(rank, *weight.shape[1:], **place))
+        self.down = nn.Parameter(torch.empty((rank, *weight.shape[1:]), device=weight.device))
         # as torch's own layers begin, and the adapters of kohya's scripts and of PEFT
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, **place))
+        self.up = nn.Parameter(torch.zeros((weight.shape[0], rank), device=weight.device))
         norm = torch.linalg.vector_norm(weight.detach().float().flatten(1), dim=1)
         self.magnitude = nn.Parameter(norm) if dora else None
 
@@ -111,7 +110,7 @@ class AdaptedConv(nn.Conv2d):
             device="meta",
         )
         self.weight = plain.weight
-        self.register_parameter("bias", plain.bias)
+        self.bias = plain.bias
         self.adapter = adapter
 
     def forward(self, input: Tensor) -> Tensor:

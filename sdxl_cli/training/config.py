@@ -158,6 +158,21 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingConfig:
+    """Textual inversion (arXiv 2208.01618): vectors of a new word that are trained instead of weights."""
+
+    word: str = ""
+    """What stands for them in captions and prompts; none trains weights."""
+    vectors: int = 1
+    """How many there are, and so how many tokens of a prompt the word takes."""
+    initial: str = ""
+    """A word, or several, whose tokens they begin as; none begins at random."""
+    captions: Literal["object", "style", "own"] = "object"
+    """What is said of every picture: sentences about an object or a style of that name, or the picture's caption,
+    which has to have the word."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class UNetTrainConfig:
     """``sdxl train-unet``."""
 
@@ -229,6 +244,7 @@ class UNetTrainConfig:
     frozen_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """What weights that are not trained are kept in; auto: what is computed in."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
@@ -255,8 +271,15 @@ class UNetTrainConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not (self.logit_std > 0 and self.edm_std > 0):
             raise UsageError("logit_std and edm_std must be above 0")
+        if self.embedding.word and (self.lora.rank or self.train_text_encoders):
+            raise UsageError("embedding.word trains vectors alone, without lora.rank and train_text_encoders")
         self._check_edm()
         self._check_dropout()
+
+    @property
+    def builds_on(self) -> bool:
+        """Whether what is trained is for a model that stays as it is."""
+        return bool(self.lora.rank or self.embedding.word)
 
     def _check_edm(self) -> None:
         if self.objective != "edm":

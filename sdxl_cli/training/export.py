@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdxl_cli.checkpoint.write import save_model
+from sdxl_cli.generation.request import GenerateRequest
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.config import UNetTrainConfig
@@ -36,6 +37,12 @@ class Export(Protocol):
 
     def arguments(self, path: Path) -> Sequence[str]:
         """What ``sdxl generate`` is told to make pictures with that file."""
+        ...
+
+    def asked(
+        self, request: GenerateRequest, path: Path, trained: Mapping[str, Tensor], step: int
+    ) -> GenerateRequest:
+        """The request for a picture of the model in training, with what it needs of the step's file at ``path``."""
         ...
 
 
@@ -78,6 +85,12 @@ class ModelExport:
     def arguments(self, path: Path) -> Sequence[str]:
         """See :class:`Export`."""
         return "--model", str(path)
+
+    def asked(
+        self, request: GenerateRequest, path: Path, trained: Mapping[str, Tensor], step: int
+    ) -> GenerateRequest:
+        """See :class:`Export`."""
+        return request
 
 
 @dataclass(frozen=True, slots=True)

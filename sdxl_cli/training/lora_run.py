@@ -16,6 +16,7 @@ from sdxl_cli.checkpoint.lora_write import LoraChange, LoraPlace, save_lora
 from sdxl_cli.console import get as console
 from sdxl_cli.data.manifest import Manifest
 from sdxl_cli.errors import FileError, UsageError
+from sdxl_cli.generation.request import GenerateRequest
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.training.adapted import Adapter
 from sdxl_cli.training.adapters import adapter_counts, add_adapters
@@ -148,3 +149,9 @@ class LoraExport:
         """See :class:`~sdxl_cli.training.export.Export`."""
         name = "bundled" if self.base.is_bundled else str(self.base.path)
         return "--model", name, "--lora", str(path)
+
+    def asked(
+        self, request: GenerateRequest, path: Path, trained: Mapping[str, Tensor], step: int
+    ) -> GenerateRequest:
+        """See :class:`~sdxl_cli.training.export.Export`."""
+        return request

@@ -32,11 +32,13 @@ def with_part_rates(loop: LoopConfig, model: ModelConfig) -> LoopConfig:
 
 
 def trained_parts(config: UNetTrainConfig, model: ModelConfig) -> list[str]:
-    """Names of the parts that a configuration trains.
+    """Names of the parts that a configuration trains; none where it trains a word.
 
     Raises:
         UsageError: none is left.
     """
+    if config.embedding.word:
+        return []
     rates = config.loop.optimizer.rates
     wanted = [name for name in part_prefixes(model) if name == "unet" or config.train_text_encoders]
     left = [name for name in wanted if rates.get(name) != 0]

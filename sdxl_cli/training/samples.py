@@ -92,8 +92,11 @@ class Samples:
         run.free_gradients()  # room for the pictures
         whole = self._whole().eval()
         try:
-            with swapped_in(run.averaged(), run.parameters), self._computing():
-                self._make(whole, done)
+            trained = run.averaged()
+            path = self.folder / file_name(self.export, done)
+            wanted = [self.export.asked(request, path, trained, done) for request in self.wanted]
+            with swapped_in(trained, run.parameters), self._computing():
+                self._make(whole, wanted, done)
         finally:
             whole.train()
 
@@ -110,11 +113,11 @@ class Samples:
         whole.known_token_ids = self.model.known_token_ids
         return whole
 
-    def _make(self, whole: SDXL, done: int) -> None:
+    def _make(self, whole: SDXL, wanted: Sequence[Wanted], done: int) -> None:
         formulation = Formulation(self.config.prediction, self.config.zero_terminal_snr)
         models = Models(base=LoadedWeights(whole, file_name(self.export, done), formulation=formulation))
         commands = []
-        for number, request in enumerate(self.wanted):
+        for number, request in enumerate(wanted):
             plan = plan_generation(request, whole.config, formulation=formulation)
             for picture in generate(plan, models, console()):
                 name = f"{done:06d}-{number}" + (f"-{picture.seed}" if request.num_images > 1 else "")
@@ -129,8 +132,7 @@ class Samples:
         console().note(f"step {done}: {len(commands)} pictures in {self.folder / FOLDER}")
 
     def _command(self, picture: Path, done: int) -> str:
-        every = self.config.save_model_every
-        kept = bool(every) and done % every == 0
+        kept = (self.folder / file_name(self.export, done)).exists()
         file = self.folder / file_name(self.export, done if kept else None)
         command = shlex.join(["sdxl", "generate", "--from", str(picture), *self.export.arguments(file)])
         last = done == self.config.loop.max_steps

@@ -37,7 +37,7 @@ def cached_text(
     Raises:
         NumericError, FileError: see :meth:`~sdxl_cli.data.cache.TextCache.fill`.
     """
-    if config.train_text_encoders or config.cache_text == "off":
+    if config.train_text_encoders or config.embedding.word or config.cache_text == "off":
         return None
     fills = config.cache_text == "fill"
     if not fills and not any(folder.glob("text-*.safetensors")):

@@ -88,8 +88,8 @@ def require_inputs(request: UNetRequest) -> Path:
     config, missing = request.config, []
     if request.data is None:
         missing.append("--data FILE, a manifest that bucket-dataset wrote")
-    # the model that a LoRA is for may be the one that generation takes by itself
-    has_start = bool(request.init or config.lora.rank)
+    # the model that a LoRA or an embedding is for may be the one that generation takes by itself
+    has_start = bool(request.init or config.builds_on)
     if config.starts_from == "weights" and not has_start:
         missing.append(f"--init FILE, the {config.model} model that this stage goes on from")
     elif not has_start:

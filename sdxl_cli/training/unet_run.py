@@ -23,6 +23,8 @@ from sdxl_cli.model import text, unet
 from sdxl_cli.model.config import Part
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
+from sdxl_cli.training.config import UNetTrainConfig
+from sdxl_cli.training.embedding import EmbeddingTask, check_word, learn_embedding, with_word
 from sdxl_cli.training.export import Export, ModelExport, SaveModels, file_name
 from sdxl_cli.training.folder import prepare
 from sdxl_cli.training.loop import Run, Watcher
@@ -63,9 +65,7 @@ def train_unet(request: UNetRequest) -> UNetResult:
         NumericError, Interrupted: see :class:`~sdxl_cli.training.loop.Run`.
     """
     config = request.config
-    manifest = read_manifest(require_inputs(request))
-    if not config.allow_missing_captions:
-        require_captions(manifest)
+    manifest = _manifest(require_inputs(request), config)
     device = training_device(config.loop)
     plans = sample_plans(request.sample_lines, config)
     prepare(request.output, config, resume=request.resume)
@@ -77,10 +77,9 @@ def train_unet(request: UNetRequest) -> UNetResult:
     task.batches = loader = BatchLoader(
         manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache, text=text
     )
-    export: Export = ModelExport(task.module, vae, ids, config)
-    if config.lora.rank:
-        # last, as whatever has read its weights knew the model by its own names
-        export = learn_lora(request, task.module, manifest, loader.sampler.batches_per_epoch)
+    # only now, as whatever has read its weights knew the model by its own names
+    built_on = _build_on(request, task.module, manifest, loader.sampler.batches_per_epoch)
+    export = built_on or ModelExport(task.module, vae, ids, config)
     hold_frozen(task.module, config)
     watchers = _watchers(request, task, vae, export, plans, text)
     if not plans:  # pictures are encoded, and none are made: the room is the U-Net's
@@ -105,19 +104,36 @@ def try_unet(request: UNetRequest) -> Measured:
         UsageError, FileError, NumericError: as :func:`train_unet`.
     """
     config = request.config
-    manifest = read_manifest(require_inputs(request))
-    if not config.allow_missing_captions:
-        require_captions(manifest)
+    manifest = _manifest(require_inputs(request), config)
     device = training_device(config.loop)
     torch.manual_seed(config.loop.seed)
     vae = _vae(request)
     task, _ = _task(request, vae, manifest, device)
-    if config.lora.rank:
-        learn_lora(request, task.module, manifest, 1)
+    _build_on(request, task.module, manifest, 1)
     hold_frozen(task.module, config)
     task.batches = LargestBatch(manifest, config.loop.batch_size, vae.config)
     height, width = task.batches.size
     return measure(task, with_part_rates(config.loop, task.module.config), f"{width}x{height}")
+
+
+def _manifest(path: Path, config: UNetTrainConfig) -> Manifest:
+    """What is trained on, with the captions that are trained on."""
+    manifest = read_manifest(path)
+    if config.embedding.word:
+        check_word(config.embedding)
+        return with_word(manifest, config.embedding)
+    if not config.allow_missing_captions:
+        require_captions(manifest)
+    return manifest
+
+
+def _build_on(request: UNetRequest, model: SDXL, manifest: Manifest, batches_per_epoch: int) -> Export | None:
+    """Freeze the model and put in what is trained beside it; None where its own weights are."""
+    if request.config.embedding.word:
+        return learn_embedding(request, model, manifest)
+    if request.config.lora.rank:
+        return learn_lora(request, model, manifest, batches_per_epoch)
+    return None
 
 
 def _task(
@@ -129,7 +145,8 @@ def _task(
     ids = _compacted(model, manifest) if _learns_words(request, model) else None
     model.to(device).to(memory_format=torch.channels_last).train()
     tokens = _Tokens(Tokenizer.default(), request.config.caption_tokens)
-    return UNetTask(model, NoBatches(), tokens, request.config), ids
+    kind = EmbeddingTask if request.config.embedding.word else UNetTask
+    return kind(model, NoBatches(), tokens, request.config), ids
 
 
 def _watchers(
@@ -145,7 +162,7 @@ def _watchers(
     if config.save_model_every:
         found.append(SaveModels(export, request.output, config.save_model_every))
     if request.validation:
-        manifest = read_manifest(request.validation)
+        manifest = _manifest(request.validation, config)
         cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
         batches = BatchLoader(manifest, config.loop.batch_size, cache=cache, text=text, remainder="short")
         found.append(Validation(task, batches, config))
@@ -157,11 +174,10 @@ def _watchers(
 def _record(request: UNetRequest, model: SDXL, vae: Autoencoder, ids: Tensor | None) -> dict[str, object]:
     """What a run must be to go on with a state."""
     config = request.config
-    lora: dict[str, object] = {}
-    if config.lora.rank:
-        lora = asdict(replace(config.lora, layout="kohya")) | {"base": base_of(request).sha256}
     return {
-        "lora": lora,
+        "lora": asdict(replace(config.lora, layout="kohya")) if config.lora.rank else {},
+        "embedding": asdict(config.embedding) if config.embedding.word else {},
+        "base": base_of(request).sha256 if config.builds_on else "",
         "task": "unet",
         **asdict(model.config),
         "vae_weights": weights_hash(vae.state_dict()),
@@ -202,7 +218,7 @@ def _vae(request: UNetRequest) -> Autoencoder:
 def _model(request: UNetRequest, vae: Autoencoder) -> SDXL:
     """U-Net and text encoders, with gradients on what is trained; its configuration has ``vae``'s in it."""
     config = request.config
-    if request.init or config.lora.rank:
+    if request.init or config.builds_on:
         files = base_of(request)
         require_same_prediction(files, config)
         model = _load(files, ("unet", "text"))
@@ -230,7 +246,7 @@ def _load(files: ModelFiles, parts: Collection[Part]) -> SDXL:
 def _learns_words(request: UNetRequest, model: SDXL) -> bool:
     """Whether the token tables are to have the captions' words only: not when they were trained on all."""
     built = not request.init and not request.text_from
-    if request.config.lora.rank:  # changes layers, not the table of tokens
+    if request.config.builds_on:  # changes layers or has vectors of its own: the tables stay
         return False
     return request.config.train_text_encoders and (built or model.known_token_ids is not None)
 
