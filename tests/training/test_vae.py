@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +12,8 @@ from torch import Tensor
 from sdxl_cli.errors import UsageError
 from sdxl_cli.model.config import VAEConfig
 from sdxl_cli.model.vae import Autoencoder
-from sdxl_cli.training.config import OptimizerConfig
-from sdxl_cli.training.growing import grow, initialize
+from sdxl_cli.training.growing import grow
 from sdxl_cli.training.latents import latent_statistics, normalize_latents
-from sdxl_cli.training.loop import Run
 from sdxl_cli.training.vae_task import VAETask, fresh
 from tests.training.small import vae_config
 
@@ -193,25 +190,3 @@ def test_a_step_depends_on_its_generator_alone() -> None:
     torch.manual_seed(123)
     losses.add(task.step(5, torch.Generator().manual_seed(8))[0].item())
     assert len(losses) == 1
-
-
-@pytest.mark.slow
-def test_a_small_autoencoder_learns_four_pictures_by_heart(tmp_path: Path) -> None:
-    config = vae_config(
-        crop_sizes=(16,),
-        crop_weights=(1.0,),
-        pixels_per_step=0,
-        batch_size=4,
-        max_steps=170,
-        ema_decay=0.0,
-        optimizer=OptimizerConfig(learning_rate=6e-3, betas=(0.9, 0.99), decay_steps=85, warmup_steps=10),
-    )
-    torch.manual_seed(0)
-    vae = Autoencoder(replace(F4, channels=16))
-    initialize(vae)
-    pictures = images(4, 16)
-    Run(VAETask(fresh(vae), list(pictures), config), config.loop, tmp_path, {}).train()
-    with torch.no_grad():
-        error = (vae.decode(vae.encode(pictures).mode()).clamp(-1, 1) - pictures).square().mean((1, 2, 3))
-    psnr = 10 * torch.log10(4 / error)
-    assert float(psnr.min()) > 30
