@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ AMPLIFIED = 4
 """Differences are shown this many times as large."""
 MAP_RANGE = 3.0
 """Latents times the scale factor that are shown in full red, and minus that in full blue."""
+ROWS = 12
+"""Strips on a sheet."""
 NOT_FINITE = (0, 200, 0)
 """What a map shows NaN and infinity as: green, which no other value is."""
 
@@ -37,6 +40,63 @@ class Strip:
     cells: tuple[Image.Image, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """Strips of one kind below each other."""
+
+    name: str
+    """Of its file, without ending."""
+    title: str
+    says: str
+    """What there is to see."""
+    titles: tuple[str, ...]
+    """Over the columns."""
+    strips: tuple[Strip, ...]
+
+    @classmethod
+    def of(cls, kind: str, strips: Sequence[Strip], first: str, second: str = "") -> Sheet:
+        """A sheet of one of the usual kinds; ``first`` and ``second`` are what is looked at."""
+        title, says, titles = _KINDS[kind]
+        named = tuple(text.format(first=first, second=second) for text in titles)
+        if kind == "channels":
+            named = tuple(f"channel {index}" for index in range(len(strips[0].cells)))
+        return cls(kind, title, says, named, tuple(strips))
+
+    def draw(self) -> Image.Image:
+        """All of it as one picture."""
+        return sheet(self.titles, self.strips)
+
+
+_KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "reconstructions": (
+        "Reconstructions",
+        f"The worst {ROWS} by PSNR, encoded to the mean of the posterior and decoded.",
+        ("original", "reconstruction", f"difference x {AMPLIFIED}"),
+    ),
+    "versus": (
+        "Two autoencoders",
+        "The same pictures through both.",
+        ("original", "{first}", "{second}", f"{{first}}: difference x {AMPLIFIED}", "{second}: the same"),
+    ),
+    "decoded": (
+        "What the latents show",
+        "Decoded, and as previews show them: by a linear map of the channels.",
+        ("decoded", "linear preview"),
+    ),
+    "channels": (
+        "Channels",
+        f"Latents times the scale factor: blue below 0, white at 0, red above, full at {MAP_RANGE:g}; green is NaN "
+        "or infinity.",
+        (),
+    ),
+    "steps": (
+        "What the network takes for the picture",
+        "Step by step: the denoised latents decoded, and by the linear map that previews use.",
+        ("denoised, decoded", "denoised, linear preview", "noisy latents, linear preview"),
+    ),
+}
+
+
 def comparison(label: str, image: Tensor, other: Tensor, side: int = 256) -> Strip:
     """Original, reconstruction, and their difference.
 
@@ -49,7 +109,30 @@ def comparison(label: str, image: Tensor, other: Tensor, side: int = 256) -> Str
     original, again = _pixels(image), _pixels(other)
     distance = np.abs(original.astype(np.int16) - again) * AMPLIFIED
     cells = (original, again, distance.clip(0, 255).astype(np.uint8))
-    return Strip(label, tuple(_fitted(Image.fromarray(cell), side) for cell in cells))
+    return Strip(label, tuple(fitted(Image.fromarray(cell), side) for cell in cells))
+
+
+def versus(label: str, image: Tensor, others: Sequence[Tensor], side: int = 192) -> Strip:
+    """Original, what two autoencoders make of it, and both differences; arguments as for :func:`comparison`."""
+    pairs = [comparison(label, image, other, side).cells for other in others]
+    cells = (pairs[0][0], *(pair[1] for pair in pairs), *(pair[2] for pair in pairs))
+    return Strip(label, cells)
+
+
+def decoded(
+    label: str, image: Tensor, latent: Tensor, preview: Callable[[Tensor], Any], side: int = 256
+) -> Strip:
+    """A decoded latent beside its preview.
+
+    Args:
+        label: the text above.
+        image: [3, H, W] in -1 … 1.
+        latent: [z, h, w], times the scale factor.
+        preview: latents [1, z, h, w] to RGB [h, w, 3].
+        side: of the cells, in pixels.
+    """
+    linear = Image.fromarray(preview(latent[None]))
+    return Strip(label, (fitted(Image.fromarray(_pixels(image)), side), fitted(linear, side)))
 
 
 def channel_maps(label: str, latent: Tensor, side: int = 160) -> Strip:
@@ -60,7 +143,7 @@ def channel_maps(label: str, latent: Tensor, side: int = 160) -> Strip:
         latent: [z, h, w], times the scale factor.
         side: of the cells, in pixels.
     """
-    return Strip(label, tuple(_fitted(Image.fromarray(_diverging(channel)), side) for channel in latent))
+    return Strip(label, tuple(fitted(Image.fromarray(_diverging(channel)), side) for channel in latent))
 
 
 def sheet(titles: Sequence[str], strips: Sequence[Strip]) -> Image.Image:
@@ -113,8 +196,8 @@ def _diverging(channel: Tensor) -> Pixels:
     return pixels
 
 
-def _fitted(image: Image.Image, side: int) -> Image.Image:
-    """Shrunk to ``side``, or enlarged as often as it fits in whole numbers, so that its pixels can be seen."""
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """A picture shrunk to ``side``, or enlarged as often as it fits in whole numbers: its pixels can be seen."""
     longest = max(image.size)
     if longest > side:
         width, height = (max(1, round(length * side / longest)) for length in image.size)

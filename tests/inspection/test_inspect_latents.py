@@ -20,7 +20,9 @@ from sdxl_cli.data.cache import LatentCache, weights_hash
 from sdxl_cli.data.loader import read_image, to_tensor
 from sdxl_cli.data.manifest import read_manifest
 from sdxl_cli.errors import FileError
-from sdxl_cli.inspection.latents import InspectRequest, LatentReport, inspect_latents
+from sdxl_cli.inspection.findings import LatentReport
+from sdxl_cli.inspection.latents import InspectRequest, inspect_latents
+from sdxl_cli.inspection.latents_page import require_room, write
 from sdxl_cli.metrics.similarity import psnr
 from sdxl_cli.model.vae import Autoencoder
 from tests.inspection.conftest import SMALL
@@ -28,8 +30,10 @@ from tests.inspection.conftest import SMALL
 Write = Callable[..., Path]
 
 
-def look(*inputs: Path, **options: Any) -> LatentReport:
-    return inspect_latents(InspectRequest(inputs=inputs, **options))
+def look(*inputs: Path, output: Path | None = None, **options: Any) -> LatentReport:
+    request = InspectRequest(inputs=inputs, **options)
+    require_room(output, None)
+    return write(inspect_latents(request), request, output, None)
 
 
 def image(path: Path) -> Tensor:
@@ -53,7 +57,7 @@ def test_a_gaussian_of_known_scale_is_told_as_it_is(latents: Write) -> None:
     assert report.scaled_std == pytest.approx(math.sqrt(1 + 1.25 * 0.13025**2), rel=0.01)
     assert report.measured_scale_factor == pytest.approx(0.13025, rel=0.03)
     assert report.scale_fits
-    assert (report.inspected, report.vae, report.mean_psnr) == (50, None, None)
+    assert (report.inspected, report.vae, report.quality.psnr) == (50, None, None)
     off_diagonal = torch.tensor(report.correlation) - torch.eye(4)
     assert float(off_diagonal.abs().max()) < 0.05
 
@@ -96,7 +100,7 @@ def test_reconstructions_are_measured_and_the_worst_comes_first(
     assert {r.name for r in report.reconstructions} == {"a.png", "b.png", "c.jpg"}
     qualities = {r.name: r.psnr for r in report.reconstructions}
     assert list(qualities.values()) == sorted(qualities.values())
-    assert report.mean_psnr == pytest.approx(np.mean(list(qualities.values())))
+    assert report.quality.psnr == pytest.approx(np.mean(list(qualities.values())))
     original = image(pictures / "b.png")
     again = vae.decode(vae.encode(original[None]).mode())[0]
     assert qualities["b.png"] == pytest.approx(float(psnr(original[None], again[None])), rel=1e-4)
@@ -172,7 +176,7 @@ def test_an_autoencoder_that_overflows_is_found_out(pictures: Path, vae: Autoenc
     report = look(pictures / "a.png", vae=str(tmp_path / "worse.safetensors"), output=tmp_path / "out")
     assert report.not_finite == ("a.png", "a.png (decoded)")
     assert report.together.count == 0
-    assert len(report.files) == 2
+    assert len(report.files) == 3
 
 
 def test_a_picture_that_cannot_be_read_is_left_out_and_said(
@@ -202,7 +206,8 @@ def test_many_are_thinned_out_evenly_and_it_is_said(
 
 def test_the_sheets_show_what_was_measured(pictures: Path, vae_file: Path, tmp_path: Path) -> None:
     report = look(pictures, vae=str(vae_file), output=tmp_path / "out")
-    assert [path.name for path in report.files] == ["reconstructions.png", "channels.png"]
+    names = ["reconstructions.png", "channels.png", "report.html"]
+    assert [path.name for path in report.files] == names
     compared = np.asarray(Image.open(report.files[0]))
     assert compared.shape[2] == 3
     # b.png is 64 pixels, enlarged four times: look for its first row of pixels
