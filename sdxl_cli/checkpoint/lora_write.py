@@ -60,6 +60,7 @@ def save_lora(
     *,
     layout: LoraLayout,
     dtype: torch.dtype | None = None,
+    title: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a LoRA as one safetensors file.
@@ -70,12 +71,13 @@ def save_lora(
         config: of the model that it changes.
         layout: whose names the tensors have.
         dtype: casts all but alphas and magnitudes; None keeps each one's own.
+        title: ``modelspec.title``; default the file's name.
         metadata: added to ``modelspec.…``.
 
     Raises:
         FileError, SdxlError: the file cannot be written, or the disk is full.
     """
-    notes = modelspec(path, config, None) | config_note(config)
+    notes = modelspec(path, config, title) | config_note(config)
     notes["modelspec.architecture"] += "/lora"
     tensors = {
         name: value if dtype is None or name.endswith(_EXACT) else value.to(dtype)

@@ -135,6 +135,10 @@ class LoraExport:
             )
             for start, (place, adapter) in self.adapters.items()
         ]
+        # front ends list a LoRA by this name: that of the run, as all runs have a lora.safetensors
+        name = path.absolute().parent.name + (
+            "" if path.stem == self.stem else path.stem.removeprefix(self.stem)
+        )
         epoch = step * self.config.loop.batches_per_step() // self.batches_per_epoch
         save_lora(
             path,
@@ -142,7 +146,8 @@ class LoraExport:
             self.model.config,
             layout=self.config.lora.layout,
             dtype=SAVE_DTYPES[self.config.save_dtype],
-            metadata={**self.notes, **step_notes(step, epoch, path.stem)},
+            title=name,
+            metadata={**self.notes, **step_notes(step, epoch, name)},
         )
 
     def arguments(self, path: Path) -> Sequence[str]:

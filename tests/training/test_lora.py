@@ -115,6 +115,7 @@ def test_front_ends_are_told_what_kohya_tells_them(asked: UNetRequest) -> None:
     assert Lora(path).short_hash == body[:12]
     assert notes["modelspec.architecture"] == "stable-diffusion-xl-v1-base/other-size/lora"
     assert (notes["ss_network_module"], notes["ss_network_dim"]) == ("networks.lora", "2")
+    assert (notes["ss_output_name"], notes["modelspec.title"]) == ("run", "run"), "the folder's, as it tells"
     assert (notes["ss_network_alpha"], notes["ss_steps"], notes["ss_epoch"]) == ("4.0", "3", "0")
     assert notes["ss_new_sd_model_hash"] == locate(asked.init, "model").sha256
     (frequency,) = json.loads(notes["ss_tag_frequency"]).values()
