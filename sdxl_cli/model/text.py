@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
 import torch
-from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdxl_cli.model.config import TextTowerConfig
+from sdxl_cli.model.library import module_alone
 
 PENULTIMATE = 2
 """The layer SDXL reads, counted from the end: 1 is the last (paper section 2.1)."""
@@ -27,7 +28,10 @@ class Insert:
     """[width]."""
 
 
-_ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+@cache
+def open_clip_towers() -> ModuleType:
+    """open_clip's text towers, without its vision towers, loaders and losses, and what these import."""
+    return module_alone("open_clip.transformer", ("torchvision", "torchvision.ops", "open_clip"))
 
 
 class ClipLEmbedder(nn.Module):
@@ -35,6 +39,8 @@ class ClipLEmbedder(nn.Module):
 
     def __init__(self, config: TextTowerConfig) -> None:
         super().__init__()
+        from transformers import CLIPTextConfig, CLIPTextModel  # seconds, which other parts need not wait
+
         self.config = config
         model = CLIPTextModel(
             CLIPTextConfig(
@@ -80,14 +86,16 @@ class OpenClipEmbedder(nn.Module):
     def __init__(self, config: TextTowerConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = TextTransformer(
+        towers = open_clip_towers()
+        activations = {"gelu": nn.GELU, "quick_gelu": towers.QuickGELU}
+        self.model = towers.TextTransformer(
             context_length=config.context_length,
             vocab_size=config.vocab_size,
             width=config.width,
             heads=config.heads,
             layers=config.layers,
             output_dim=config.embed_dim,
-            act_layer=_ACTIVATIONS[config.activation],
+            act_layer=activations[config.activation],
         )
         # in the released files, not used by SDXL
         self.model.logit_scale = nn.Parameter(torch.zeros(()))
