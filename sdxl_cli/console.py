@@ -55,17 +55,19 @@ class Console:
         """Nothing is opened or imported here; streams are looked up when something is said."""
         self.quiet = quiet
         self.as_json = as_json
+        self.muted = False
+        """Nothing at all is said: another process of the run speaks."""
         self._live: Progress | None = None
         self._picture: Text | None = None
 
     def print_result(self, text: str) -> None:
         """One result (a path, a number) as a line on stdout. Silent with ``--json``; see :meth:`json`."""
-        if not self.as_json:
+        if not self.as_json and not self.muted:
             print(text, file=sys.stdout, flush=True)
 
     def json(self, value: object) -> None:
         """The result as one JSON document on stdout. Silent without ``--json``: commands give both forms."""
-        if self.as_json:
+        if self.as_json and not self.muted:
             print(
                 json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False),
                 file=sys.stdout,
@@ -76,7 +78,7 @@ class Console:
         self, columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, title: str | None = None
     ) -> None:
         """Rows as a table on stdout; numbers right-aligned. Silent with ``--json``."""
-        if self.as_json:
+        if self.as_json or self.muted:
             return
         body = list(rows)
         if sys.stdout.isatty():
@@ -96,7 +98,7 @@ class Console:
     @property
     def shows_progress(self) -> bool:
         """Whether bars are drawn: stderr is a terminal and ``--quiet`` was not given."""
-        return not self.quiet and sys.stderr.isatty()
+        return not self.quiet and not self.muted and sys.stderr.isatty()
 
     @contextmanager
     def bar(self, description: str, total: int | None = None) -> Iterator[Bar]:
@@ -147,7 +149,7 @@ class Console:
 
     def json_line(self, value: object) -> None:
         """One of several results as JSON on a line of its own, for programs that read while we write."""
-        if self.as_json:
+        if self.as_json and not self.muted:
             print(
                 json.dumps(to_jsonable(value), ensure_ascii=False, allow_nan=False),
                 file=sys.stdout,
@@ -155,6 +157,8 @@ class Console:
             )
 
     def _say(self, text: str) -> None:
+        if self.muted:
+            return
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -40,12 +40,12 @@ def atomic_write(path: Path | str, *, overwrite: bool = True) -> Iterator[Path]:
         if not overwrite and path.exists():
             raise _taken(path)
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         if overwrite:
             temporary.replace(path)
         else:
             _claim(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         told = _told(error, path, temporary)
         if told is error:
@@ -80,11 +80,11 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in sorted(temporary.rglob("*")):
-            _sync(file)
+            sync(file)
         if path.exists():
             raise _taken(path)
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise _taken(path) from error
@@ -124,7 +124,7 @@ def _taken(path: Path) -> FileError:
     return FileError(f"{path} exists already; choose another name or remove it")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Ask the disk to keep what was written; folders cannot be asked on Windows."""
     if path.is_dir() and os.name == "nt":
         return

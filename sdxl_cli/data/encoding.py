@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdxl_cli.data.cache import Encode, EncodeText, LatentCache, TextCache
 from sdxl_cli.data.loader import read_image
-from sdxl_cli.data.manifest import Manifest
+from sdxl_cli.data.manifest import Manifest, Row
 from sdxl_cli.model.conditioning import Conditioner, TextFeatures
 from sdxl_cli.model.vae import Autoencoder
 
@@ -46,19 +46,21 @@ def fill_latents(
     manifest: Manifest,
     vae: Autoencoder,
     *,
+    rows: Sequence[Row] | None = None,
     batch_size: int = 8,
     shard_items: int = 512,
     workers: int = 1,
 ) -> Iterator[int]:
     """Encode every crop that is not cached yet; yields how many were added after each batch.
 
-    Pictures are read ahead by ``workers`` threads while the autoencoder works.
+    ``rows`` are those looked at, of the kept ones; None is all. Pictures
+    are read ahead by ``workers`` threads while the autoencoder works.
 
     Raises:
         NumericError, FileError: see :meth:`LatentCache.fill`.
     """
     return cache.fill(
-        manifest.kept,
+        manifest.kept if rows is None else rows,
         lambda row: read_image(manifest, row),
         encoder_of(vae),
         batch_size=batch_size,

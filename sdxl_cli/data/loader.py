@@ -47,6 +47,8 @@ class Batch:
     pictures count alike; 1 in a whole batch."""
     text: TextFeatures | None = None
     """Features of ``captions``, when they are cached."""
+    places: tuple[int, ...] = ()
+    """Of each among the pictures that all ranks have in this step; empty for 0, 1, 2, …"""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,6 +69,8 @@ class BatchLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        together: int | None = None,
+        parts: int = 1,
         remainder: Remainder | None = None,
         cache: LatentCache | None = None,
         text: TextCache | None = None,
@@ -81,6 +85,8 @@ class BatchLoader:
             seed: decides order and captions; the same on every rank.
             rank: of this process, from 0 to ``world_size`` - 1.
             world_size: processes that train together; their batches of a step are disjoint and of one bucket.
+            together: see :class:`~sdxl_cli.data.sampler.BucketSampler`.
+            parts: likewise; a step is then so many batches.
             remainder: what becomes of pictures that fill no step; None does what the manifest says.
             cache: read latents from it instead of pictures; it must hold every kept row.
             text: read features of captions from it; it must hold every caption, and has the empty text for dropout.
@@ -102,6 +108,8 @@ class BatchLoader:
             seed,
             rank=rank,
             world_size=world_size,
+            together=together,
+            parts=parts,
             remainder=remainder or manifest.config.remainder,
         )
         self._default_score = aesthetic_score
@@ -186,6 +194,7 @@ class BatchLoader:
             ids=[row.path for row in rows],
             weight=torch.tensor(reading.planned.weights),
             text=reading.text,
+            places=reading.planned.places,
         )
 
 

@@ -30,6 +30,8 @@ class PlannedBatch:
     indices: tuple[int, ...]
     """Into the sampler's rows."""
     epoch: int
+    places: tuple[int, ...]
+    """Of each among the pictures of the whole step."""
     weights: tuple[float, ...]
     """What each picture's loss is multiplied with before the batch is averaged; see :class:`BucketSampler`."""
 
@@ -67,6 +69,8 @@ class BucketSampler:
         *,
         rank: int = 0,
         world_size: int = 1,
+        together: int | None = None,
+        parts: int = 1,
         remainder: Remainder = "short",
     ) -> None:
         """Args:
@@ -75,6 +79,9 @@ class BucketSampler:
             seed: decides the order.
             rank: of this device, from 0.
             world_size: number of devices.
+            together: pictures per step over all devices, when it is not ``batch_size * world_size``: another number of
+                devices can so go on with the steps of a run.
+            parts: batches that a device's pictures of a step are handed out in, one after the other.
             remainder: see :data:`~sdxl_cli.data.manifest.Remainder`; ``merge`` is done when a manifest is made, what
                 is still left over is then a short batch.
 
@@ -87,6 +94,9 @@ class BucketSampler:
         assert all(row.kept for row in rows)
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rank, self.world_size, self.remainder = rank, world_size, remainder
+        self.parts = parts
+        self._whole = together or batch_size * world_size
+        """Pictures in a step over all devices."""
         self.state = SamplerState()
         """Set it to go on from elsewhere."""
         pictures: dict[str, list[int]] = {}
@@ -99,8 +109,9 @@ class BucketSampler:
             self._buckets.setdefault(first.plan.target_size, []).extend(shown)
         self.pictures = sum(len(group) for group in self._buckets.values())
         """Pictures an epoch is to show, repeats counted."""
-        self.batches_per_epoch = sum(self._steps(len(group)) for group in self._buckets.values())
-        """Steps in an epoch; the same in every epoch and on every rank."""
+        steps = sum(self._steps(len(group)) for group in self._buckets.values())
+        self.batches_per_epoch = steps * parts
+        """Of one device; the same in every epoch and on every rank."""
         if not self.batches_per_epoch:
             raise UsageError(
                 f"remainder = drop leaves nothing: no bucket has {self._whole} pictures; "
@@ -111,7 +122,8 @@ class BucketSampler:
     def epoch(self, epoch: int) -> list[PlannedBatch]:
         """All batches of an epoch for this rank, in order."""
         if self._planned is None or self._planned[0] != epoch:
-            self._planned = (epoch, [self._mine(step, epoch) for step in self._plan(epoch)])
+            parts = range(self.parts)
+            self._planned = (epoch, [self._mine(step, epoch, n) for step in self._plan(epoch) for n in parts])
         return self._planned[1]
 
     def at(self, step: int) -> PlannedBatch:
@@ -130,11 +142,6 @@ class BucketSampler:
                 else SamplerState(self.state.epoch, self.state.index + 1)
             )
             yield batch
-
-    @property
-    def _whole(self) -> int:
-        """Pictures in a step over all devices."""
-        return self.batch_size * self.world_size
 
     def _steps(self, count: int) -> int:
         return count // self._whole if self.remainder == "drop" else -(-count // self._whole)
@@ -175,14 +182,18 @@ class BucketSampler:
             _Step(bucket, places[i : i + whole], weights[i : i + whole]) for i in range(0, len(places), whole)
         ]
 
-    def _mine(self, step: _Step, epoch: int) -> PlannedBatch:
-        """This rank's part of a step."""
-        mine = slice(self.rank, None, self.world_size)
+    def _mine(self, step: _Step, epoch: int, part: int) -> PlannedBatch:
+        """One of the batches that this rank's pictures of a step are handed out in."""
+        hands = self.world_size * self.parts
+        mine = slice(part * self.world_size + self.rank, None, hands)
         indices, weights = step.indices[mine], step.weights[mine]
         if not indices:
-            return PlannedBatch(step.bucket, (step.indices[0],), epoch, (0.0,))
-        share = len(indices) / self.batch_size
-        return PlannedBatch(step.bucket, tuple(indices), epoch, tuple(share * weight for weight in weights))
+            return PlannedBatch(step.bucket, (step.indices[0],), epoch, (0,), (0.0,))
+        share = len(indices) * hands / self._whole
+        places = tuple(range(len(step.indices))[mine])
+        return PlannedBatch(
+            step.bucket, tuple(indices), epoch, places, tuple(share * weight for weight in weights)
+        )
 
 
 def choose_caption(row: Row, seed: int, epoch: int) -> str:

@@ -93,16 +93,34 @@ class LoopConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """What networks compute in: with bf16 sums, norms and the loss stay in fp32, and so do weights and moments; auto
     is bf16 on CUDA devices that have it, else fp32."""
+    distributed: Literal["auto", "off", "ddp", "fsdp", "hsdp"] = "auto"
+    """How the processes that torchrun starts share the work: ddp: each has the whole model; fsdp: each has a part of
+    every weight, moment and average; hsdp: fsdp among ``shard_size`` processes, ddp between such groups. auto is ddp,
+    or nothing with one process."""
+    shard_size: int = 0
+    """With hsdp: processes that share a model; 0 takes those of a machine."""
     save_every: int = 1000
     """Steps between saved states."""
+    keep_states: int = 2
+    """States that are kept, the newest ones; with 2 a damaged one costs ``save_every`` steps."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulate", "ema_every", "save_every", "log_every"):
+        for name in (
+            "max_steps",
+            "batch_size",
+            "accumulate",
+            "ema_every",
+            "save_every",
+            "keep_states",
+            "log_every",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.shard_size and self.distributed != "hsdp":
+            raise UsageError('shard_size goes with distributed = "hsdp"')
         if not 0 <= self.ema_decay < 1:
             raise UsageError(f"ema_decay is {self.ema_decay}; it must be below 1, or 0 for off")
         if self.total_batch_size and self.accumulate > 1:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sdxl_cli.training.shards import local
+
 
 class EMA:
     """shadow -= (1 - d) (shadow - p) with d = min(decay, (1 + n) / (10 + n)), n from 1 (facts: sgm ema.py)."""
@@ -56,8 +58,8 @@ class EMA:
         decay = math.prod(
             min(self.decay, (1 + n) / (10 + n)) for n in range(self.updates - steps + 1, self.updates + 1)
         )
-        values = list(shadow.values())
-        targets = [parameters[name].detach().to(value.device) for name, value in shadow.items()]
+        values = [local(value) for value in shadow.values()]
+        targets = [local(parameters[name].detach()).to(value.device) for name, value in shadow.items()]
         torch._foreach_lerp_(values, targets, 1 - decay)
 
 

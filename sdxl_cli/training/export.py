@@ -103,5 +103,5 @@ class SaveModels:
 
     def after_step(self, run: Run, done: int) -> None:
         """See :class:`~sdxl_cli.training.loop.Watcher`."""
-        if done % self.every == 0:
-            self.export.write(self.folder / file_name(self.export, done), run.averaged(), done)
+        if done % self.every == 0 and (shipped := run.shipped()) is not None:
+            self.export.write(self.folder / file_name(self.export, done), shipped, done)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from sdxl_cli.diffusion.formulation import Formulation
 from sdxl_cli.training.config import UNetTrainConfig
+from sdxl_cli.training.draws import Streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,11 @@ class Drawing:
             return self._discrete(torch.randint(low, high + 1, (count,), generator=generator))
         share = DENSITIES[config.timestep_sampling](config, count, generator)
         return self._discrete(low + (share * (high - low + 1)).long().clamp(0, high - low))
+
+    def draw_each(self, streams: Streams) -> Levels:
+        """One of each picture's own stream."""
+        drawn = [self.draw(1, stream) for stream in streams]
+        return Levels(*(torch.cat([getattr(one, f.name) for one in drawn]) for f in fields(Levels)))
 
     def spread(self, shares: Tensor) -> Levels:
         """The levels at these shares, 0 … 1 [B], of what can be drawn: the same ones every time, for validation."""

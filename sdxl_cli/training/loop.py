@@ -7,10 +7,10 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,12 @@ from sdxl_cli.errors import FileError, Interrupted, NumericError
 from sdxl_cli.training.config import LoopConfig
 from sdxl_cli.training.metrics import IMAGES, Log, summed_images
 from sdxl_cli.training.optimizers import set_rate
+from sdxl_cli.training.parallel import parallel
 from sdxl_cli.training.rates import learning_rate
+from sdxl_cli.training.session import Session
+from sdxl_cli.training.shards import gathered, whole
 from sdxl_cli.training.snapshot import numbers, restore, snapshot
-from sdxl_cli.training.state import load_state, save_state
+from sdxl_cli.training.state import find_state, save_state
 from sdxl_cli.training.turns import Player, Task, turns_of
 
 FAILURE_FILE = "not_finite.json"
@@ -56,51 +59,90 @@ class Run:
         folder: Path,
         record: Mapping[str, Any],
         watchers: Sequence[Watcher] = (),
+        session: Session | None = None,
     ) -> None:
         """Args:
         task: what is trained.
         config: how long and how.
         folder: for the state and metrics.
         record: kept in the state, to tell what run it was.
-        watchers: are called after every step.
+        watchers: are called after every step, by every process.
+        session: the processes; None is one alone.
         """
         self.task, self.config, self.folder, self.record = task, config, folder, dict(record)
-        self.players = [Player(turn, config) for turn in turns_of(task)]
-        self.batches = config.batches_per_step()
-        self.log = Log(folder / "metrics.jsonl", config.log_every, config.max_steps)
+        self.session = session or Session(torch.device("cpu"))
+        self.world = self.session.world
+        turns = turns_of(task)
+        assert len(turns) == 1 or not self.session.sharded, (
+            "one network is sharded, not two that know each other"
+        )
+        shared = [parallel(turn.module, config, self.world, self.session.device) for turn in turns]
+        self.players = [Player(turn, config, one) for turn, one in zip(turns, shared, strict=True)]
+        share = self.session.share
+        self.parts = share.parts
+        self.batches = config.batches_per_step(share.began_with) * share.parts
+        self.log = Log(folder / "metrics.jsonl", config.log_every, config.max_steps, self.world)
         self.watchers = tuple(watchers)
         self.progress = Progress()
 
     def resume(self) -> None:
-        """Go on from the state in the folder.
+        """Go on from the session's state, or the newest in the folder.
 
         Raises:
             FileError: there is none, it is damaged, or it is of another model.
         """
-        tensors, values = load_state(self.folder)
+        state = self.session.state or find_state(self.folder, self.world)
+        values = state.values
         _require_same(values["record"], self.record)
-        restore(tensors, values["players"], self.players)
+        restore(state, self.players, self.world)
         self.progress = Progress(values["step"], values["loss"])
+        self.log.rewind(self.progress.step, values["pending"])
         console().note(f"resumed {self.folder} at step {self.progress.step}: weights, optimizer, averages")
 
     def save(self) -> None:
-        """Write the state: weights, averages, optimizer, step."""
+        """Write the state: weights, averages, optimizer, random numbers, step."""
         values = {
             "step": self.progress.step,
             "loss": self.progress.loss,
             "players": numbers(self.players),
+            "pending": self.log.pending(),
+            "share": self.session.said(self.config),
             "record": self.record,
         }
-        save_state(self.folder, snapshot(self.players), values)
+        save_state(
+            self.folder,
+            self.progress.step,
+            snapshot(self.players, self.world),
+            values,
+            keep=self.config.keep_states,
+            world=self.world,
+        )
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained and shipped, by name."""
+        """What is trained and shipped, by name; this process's shards where they are sharded."""
         return {n: p for player in self.players if player.turn.averaged for n, p in player.parameters.items()}
 
     def averaged(self) -> dict[str, Tensor]:
         """The same as averages, or as the weights where nothing is averaged."""
         return {n: v for player in self.players if player.turn.averaged for n, v in player.averages().items()}
+
+    def shipped(self) -> dict[str, Tensor] | None:
+        """The averages in whole, in the process that writes files; None in the others. All call it together.
+
+        Where weights are sharded, those that are not trained are in it, too.
+        """
+        values = self.averaged()
+        if self.session.sharded:
+            values = {**self.task.module.state_dict(), **values}
+        values = gathered(values, self.world)
+        return values if self.world.leads else None
+
+    def shown(self) -> AbstractContextManager[nn.Module | None]:
+        """The task's module with the averages in it, to look at, in one process; None in the others. All call it
+        together.
+        """
+        return self.players[0].shared.shown(self.averaged())
 
     def free_gradients(self) -> None:
         """Make room; the next step computes them anew."""
@@ -112,24 +154,29 @@ class Run:
 
         Raises:
             NumericError: the loss is not finite; nothing is saved after that.
-            Interrupted: SIGINT or SIGTERM; the step was finished and the state saved.
+            Interrupted: SIGINT or SIGTERM to one of the processes; the step was finished and the state saved.
         """
         done, total = self.progress.step, self.config.max_steps
+        if not done:
+            # of whoever draws beside the loop, as dropout does: other numbers in every process
+            torch.manual_seed(self.config.seed + 1_000_003 * self.world.rank)
         with console().bar("training", total=total) as bar, _stop_signals() as stop:
             bar.advance(done)
+            if done:  # who stopped after saving had not looked yet
+                self._watched(done)
             for index in range(done, total):
                 metrics = self.advance(index)
                 self.log.add(index, metrics)
                 bar.advance()
-                bar.status(f"loss {self.progress.loss:.4f}")
-                last = index + 1 == total
-                if last or stop.asked or (index + 1) % self.config.save_every == 0:
+                bar.status(self.log.status(self.progress.loss))
+                stopping, last = self.world.any(stop.asked), index + 1 == total
+                if last or stopping or (index + 1) % self.config.save_every == 0:
                     self.save()
-                if last or not stop.asked:
+                if last or not stopping:
                     self._watched(index + 1)
-                if stop.asked and not last:
-                    raise Interrupted(
-                        f"stopped after step {index + 1}; the same command with --resume goes on"
+                if stopping and not last:
+                    self.world.fail(
+                        Interrupted(f"stopped after step {index + 1}; the same command with --resume goes on")
                     )
 
     def _watched(self, done: int) -> None:
@@ -140,7 +187,7 @@ class Run:
         self.log.since += time.perf_counter() - started
 
     def advance(self, index: int) -> dict[str, float]:
-        """Train step ``index``, counted from 0; its metrics.
+        """Train step ``index``, counted from 0; its metrics, of this process's pictures but for the loss.
 
         Raises:
             NumericError: the loss or the gradient is not finite.
@@ -162,11 +209,12 @@ class Run:
         """One optimizer's step; its metrics."""
         config = player.config
         player.optimizer.zero_grad(set_to_none=True)
-        value, metrics = self._gradients(player, index, batches)
+        losses, metrics = self._gradients(player, batches)
+        value = self._mean_loss(index, batches, losses)
         limit = config.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(player.parameters.values(), limit)
+        norm = whole(torch.nn.utils.clip_grad_norm_(player.parameters.values(), limit))
         if not torch.isfinite(norm):
-            raise self._failure(f"the gradient is {float(norm)}", index, batches)
+            self._fail(f"the gradient is {float(norm)}", index, batches)
         rate = learning_rate(config, index, self.config.max_steps)
         set_rate(player.optimizer, rate)
         player.optimizer.step()
@@ -174,34 +222,49 @@ class Run:
             player.ema.update(player.parameters)
         return {"loss": value, "grad_norm": float(norm), "learning_rate": rate, **metrics}
 
-    def _gradients(
-        self, player: Player, index: int, batches: Sequence[int]
-    ) -> tuple[float, dict[str, float]]:
-        """Add up the gradients of a step's batches; their mean loss and merged metrics."""
+    def _gradients(self, player: Player, batches: Sequence[int]) -> tuple[list[float], dict[str, float]]:
+        """Add up the gradients of a step's batches; their losses and merged metrics."""
         losses, rows = [], []
         for batch in batches:
-            loss, metrics = player.turn.step(batch, self._generator(batch))
+            with player.shared.adding_up(batch == batches[-1]):
+                loss, metrics = player.shared(player.turn.step, batch, self._generator(batch))
+                # a batch's weights make it count by its pictures, short or whole: batches are averaged alike
+                (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.item())
             rows.append(metrics)
-            if not math.isfinite(losses[-1]):
-                raise self._failure(f"the loss is {losses[-1]}", index, [batch])
-            # a batch's weights make it count by its pictures, short or whole: batches are averaged alike
-            (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-        return sum(losses) / len(losses), summed_images(rows)
+            if self.world.size == 1 and not math.isfinite(losses[-1]):
+                break
+        return losses, summed_images(rows)
+
+    def _mean_loss(self, index: int, batches: Sequence[int], losses: Sequence[float]) -> float:
+        """The loss of the step, over all processes, who find together that it is not finite."""
+        bad = [float(not math.isfinite(loss)) for loss in losses]
+        total, *counts = self.world.sums(sum(losses), *bad)
+        if any(counts):
+            found = [batch for batch, count in zip(batches, counts, strict=False) if count]
+            said = [loss for loss in losses if not math.isfinite(loss)]
+            self._fail(f"the loss is {said[0] if said else total}", index, found)
+        return total / len(losses) / self.world.size
 
     def _generator(self, batch: int) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(self.config.seed * 1_000_003 + batch)
+        # the parts of a batch draw from the same: who has which picture makes no difference
+        return torch.Generator("cpu").manual_seed(self.config.seed * 1_000_003 + batch // self.parts)
 
-    def _failure(self, what: str, index: int, batches: Sequence[int]) -> NumericError:
-        """The error for numbers that are not finite; what was trained on is written beside the state."""
+    def _fail(self, what: str, index: int, batches: Sequence[int]) -> NoReturn:
+        """Stop for numbers that are not finite; what was trained on is written beside the state."""
+        shared, describe = self.players[0].shared, self.task.describe
+        mine = [shared(describe, batch, self._generator(batch)) for batch in batches]
+        seen = [batch for everybody in self.world.gathered(mine) for batch in everybody]
         path = self.folder / FAILURE_FILE
-        seen = [self.task.describe(batch, self._generator(batch)) for batch in batches]
-        with atomic_write(path) as temporary:
-            said = {"step": index, "what": what, "batches": seen}
-            temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+        if self.world.leads:
+            with atomic_write(path) as temporary:
+                said = {"step": index, "what": what, "batches": seen}
+                temporary.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
         ids = [name for batch in seen for name in batch["ids"]]
-        return NumericError(
-            f"{what} at step {index}, of {_few(ids)}; {path} has the numbers; the last saved state is good"
+        self.world.fail(
+            NumericError(
+                f"{what} at step {index}, of {_few(ids)}; {path} has the numbers; the last saved state is good"
+            )
         )
 
 

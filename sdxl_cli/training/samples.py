@@ -26,7 +26,6 @@ from sdxl_cli.generation.weights import LoadedWeights
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.config import UNetTrainConfig
-from sdxl_cli.training.ema import swapped_in
 from sdxl_cli.training.export import Export, file_name
 from sdxl_cli.training.loop import Run
 from sdxl_cli.training.place import computing
@@ -90,27 +89,30 @@ class Samples:
         if done % self.config.sample_every and done != run.config.max_steps:
             return
         run.free_gradients()  # room for the pictures
-        whole = self._whole().eval()
-        try:
-            trained = run.averaged()
+        trained = run.shipped()
+        with run.shown() as model, self._computing():
+            if model is None or trained is None:
+                return
+            assert isinstance(model, SDXL)
             path = self.folder / file_name(self.export, done)
             wanted = [self.export.asked(request, path, trained, done) for request in self.wanted]
-            with swapped_in(trained, run.parameters), self._computing():
+            whole = self._whole(model).eval()
+            try:
                 self._make(whole, wanted, done)
-        finally:
-            whole.train()
+            finally:
+                whole.train()
 
     def _computing(self) -> AbstractContextManager[object]:
         """The precision of training, where weights that are not trained are kept in it."""
         kept = next((p for p in self.model.parameters() if p.dtype != torch.float32), None)
         return nullcontext() if kept is None else computing(self.config.loop, kept.device)
 
-    def _whole(self) -> SDXL:
+    def _whole(self, model: SDXL) -> SDXL:
         """The model with its autoencoder, sharing all weights."""
-        whole = SDXL(self.model.config, ())
-        whole.model, whole.conditioner = self.model.model, self.model.conditioner
+        whole = SDXL(model.config, ())
+        whole.model, whole.conditioner = model.model, model.conditioner
         whole.first_stage_model = self.vae
-        whole.known_token_ids = self.model.known_token_ids
+        whole.known_token_ids = model.known_token_ids
         return whole
 
     def _make(self, whole: SDXL, wanted: Sequence[Wanted], done: int) -> None:

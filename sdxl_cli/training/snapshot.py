@@ -10,12 +10,14 @@ from torch import Tensor
 
 from sdxl_cli.errors import FileError
 from sdxl_cli.training.optimizers import RATE_SCALE
+from sdxl_cli.training.state import State, read_state
 from sdxl_cli.training.turns import Player
+from sdxl_cli.training.world import ALONE, World
 
 
-def snapshot(players: Sequence[Player]) -> dict[str, Tensor]:
-    """Weights, buffers, optimizer state and averages by name."""
-    tensors: dict[str, Tensor] = {}
+def snapshot(players: Sequence[Player], world: World = ALONE) -> dict[str, Tensor]:
+    """Weights, buffers, optimizer state, averages and this process's random numbers, by name."""
+    tensors: dict[str, Tensor] = {f"random.{name}": state for name, state in _random(world).items()}
     for player in players:
         tensors |= {f"weights.{name}": p.detach() for name, p in player.parameters.items()}
         tensors |= {f"buffers.{name}": b for name, b in player.buffers.items()}
@@ -27,44 +29,63 @@ def snapshot(players: Sequence[Player]) -> dict[str, Tensor]:
     return tensors
 
 
-def restore(
-    tensors: Mapping[str, Tensor], values: Sequence[Mapping[str, Any]], players: Sequence[Player]
-) -> None:
+@torch.no_grad()
+def restore(state: State, players: Sequence[Player], world: World = ALONE) -> None:
     """Put a snapshot and the :func:`numbers` that go with it back.
 
     Raises:
         FileError: the state does not have these parameters, at these shapes.
     """
-    saved = {n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")}
-    ours = {name: p for player in players for name, p in player.parameters.items()}
-    if saved.keys() != ours.keys() or any(saved[n].shape != p.shape for n, p in ours.items()):
-        raise FileError("the saved state is of another model; start a new run in another --output folder")
-    found: dict[str, list[str]] = {}
-    for entry in tensors:
-        if entry.startswith("optimizer."):
-            _, key, name = entry.split(".", 2)
-            found.setdefault(name, []).append(key)
-    for player, kept in zip(players, values, strict=True):
-        _restore_one(tensors, found, player)
+    saved = {n.removeprefix("weights."): s for n, s in state.shapes.items() if n.startswith("weights.")}
+    ours = {name: tuple(p.shape) for player in players for name, p in player.parameters.items()}
+    if saved != ours:
+        world.fail(
+            FileError("the saved state is of another model; start a new run in another --output folder")
+        )
+    tensors = {f"random.{n}": v for n, v in _random(world).items() if f"random.{n}" in state.shapes}
+    for player in players:
+        tensors |= _targets(state, player)
+    read_state(state, tensors, world)
+    for player, kept in zip(players, state.values["players"], strict=True):
         _set_numbers(player.optimizer, kept)
         if player.ema:
             player.ema.updates = kept["ema_updates"]
+            for name, value in player.ema.shadow.items():
+                if f"ema.{name}" not in tensors:  # the run has begun without
+                    value.copy_(player.parameters[name])
+    _set_random(tensors, world)
 
 
-@torch.no_grad()
-def _restore_one(tensors: Mapping[str, Tensor], found: Mapping[str, Sequence[str]], player: Player) -> None:
-    optimizer = player.optimizer
-    for name, buffer in player.buffers.items():
-        buffer.copy_(tensors[f"buffers.{name}"])
-    for name, p in player.parameters.items():
-        p.copy_(tensors[f"weights.{name}"])
-        moments = {
-            key: _placed(optimizer, p, key, tensors[f"optimizer.{key}.{name}"]) for key in found.get(name, [])
-        }
-        if moments:
-            optimizer.state[p] = moments
-        if player.ema:
-            player.ema.shadow[name].copy_(tensors.get(f"ema.{name}", p))
+def _targets(state: State, player: Player) -> dict[str, Tensor]:
+    """Where the state of one player goes; room is made for the optimizer's."""
+    tensors = {f"weights.{name}": p.detach() for name, p in player.parameters.items()}
+    tensors |= {f"buffers.{name}": buffer for name, buffer in player.buffers.items()}
+    if player.ema:
+        shadow = player.ema.shadow.items()
+        tensors |= {f"ema.{name}": value for name, value in shadow if f"ema.{name}" in state.shapes}
+    for entry in state.shapes:
+        if entry.startswith("optimizer."):
+            _, key, name = entry.split(".", 2)
+            if name in player.parameters:
+                p = player.parameters[name]
+                room = _room(player.optimizer, p, key, state.shapes[entry], state.dtypes[entry])
+                player.optimizer.state[p][key] = tensors[entry] = room
+    return tensors
+
+
+def _random(world: World) -> dict[str, Tensor]:
+    """The states of this process's own random numbers, on the CPU; the loop's are a function of the step."""
+    states = {f"cpu.{world.rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"cuda.{world.rank}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random(tensors: Mapping[str, Tensor], world: World) -> None:
+    if (cpu := tensors.get(f"random.cpu.{world.rank}")) is not None:
+        torch.set_rng_state(cpu)
+    if (cuda := tensors.get(f"random.cuda.{world.rank}")) is not None:
+        torch.cuda.set_rng_state(cuda)
 
 
 def numbers(players: Sequence[Player]) -> list[dict[str, Any]]:
@@ -109,12 +130,14 @@ _LEARNED = frozenset({"d", "d_max", "d_numerator", "k"})
 """Entries of Prodigy's groups that are named like settings and change as it runs."""
 
 
-def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str, value: Tensor) -> Tensor:
-    """A copy where the optimizer expects it, in the parameter's memory layout when it is of its shape.
+def _room(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, key: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Memory where the optimizer expects it, in the parameter's layout when it is of its shape.
 
     Fused steps walk through memory and look at no strides; they alone want the step on the device.
     """
-    if value.shape == parameter.shape and key != "step":
-        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    if shape == tuple(parameter.shape) and key != "step":
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     stays = key == "step" and not optimizer.defaults.get("fused")
-    return value.clone() if stays else value.to(parameter.device, copy=True)
+    return torch.empty(shape, dtype=dtype, device="cpu" if stays else parameter.device)

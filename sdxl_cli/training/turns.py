@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sdxl_cli.training.config import LoopConfig, OptimizerConfig
 from sdxl_cli.training.ema import EMA
 from sdxl_cli.training.optimizers import build_optimizer
+from sdxl_cli.training.parallel import Parallel
 
 Step = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 """See :meth:`Task.step`."""
@@ -78,8 +79,9 @@ def turns_of(task: Task) -> Sequence[Turn]:
 class Player:
     """A turn with its optimizer and average."""
 
-    def __init__(self, turn: Turn, config: LoopConfig) -> None:
-        self.turn = turn
+    def __init__(self, turn: Turn, config: LoopConfig, shared: Parallel) -> None:
+        """``shared`` is the turn's module as the processes share it."""
+        self.turn, self.shared = turn, shared
         self.config = turn.optimizer or config.optimizer
         before = f"{turn.name}." if turn.name else ""
         self.parameters = {before + n: p for n, p in turn.module.named_parameters() if p.requires_grad}

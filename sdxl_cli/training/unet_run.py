@@ -26,13 +26,13 @@ from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.config import UNetTrainConfig
 from sdxl_cli.training.embedding import EmbeddingTask, check_word, learn_embedding, with_word
 from sdxl_cli.training.export import Export, ModelExport, SaveModels, file_name
-from sdxl_cli.training.folder import prepare
 from sdxl_cli.training.loop import Run, Watcher
 from sdxl_cli.training.lora_run import learn_lora
 from sdxl_cli.training.measuring import LargestBatch, Measured, NoBatches, measure
 from sdxl_cli.training.parts import choose_trained, trained_parts, with_part_rates
 from sdxl_cli.training.place import hold_frozen, training_device
 from sdxl_cli.training.samples import Samples, Wanted, sample_plans
+from sdxl_cli.training.session import session
 from sdxl_cli.training.text_cache import cached_text
 from sdxl_cli.training.unet_request import (
     UNetRequest,
@@ -46,6 +46,7 @@ from sdxl_cli.training.unet_request import (
 from sdxl_cli.training.unet_task import UNetTask
 from sdxl_cli.training.validation import Validation
 from sdxl_cli.training.vocabulary import compact
+from sdxl_cli.training.world import ALONE, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,35 +67,38 @@ def train_unet(request: UNetRequest) -> UNetResult:
     """
     config = request.config
     manifest = _manifest(require_inputs(request), config)
-    device = training_device(config.loop)
     plans = sample_plans(request.sample_lines, config)
-    prepare(request.output, config, resume=request.resume)
-    torch.manual_seed(config.loop.seed)
-    vae = _vae(request).to(device)
-    task, ids = _task(request, vae, manifest, device)
-    folder = request.cache or request.output / "latents"
-    cache, text = fill_cache(manifest, vae, folder), _text_cache(request, task, manifest, folder)
-    task.batches = loader = BatchLoader(
-        manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache, text=text
-    )
-    # only now, as whatever has read its weights knew the model by its own names
-    built_on = _build_on(request, task.module, manifest, loader.sampler.batches_per_epoch)
-    export = built_on or ModelExport(task.module, vae, ids, config)
-    hold_frozen(task.module, config)
-    watchers = _watchers(request, task, vae, export, plans, text)
-    if not plans:  # pictures are encoded, and none are made: the room is the U-Net's
-        vae.to("cpu")
-        if text is not None:
-            task.module.conditioner.to("cpu")
-    record = _record(request, task.module, vae, ids)
-    loop = with_part_rates(config.loop, task.module.config)
-    run = Run(task, loop, request.output, record, watchers)
-    if request.resume:
-        run.resume()
-    run.train()
-    path = request.output / file_name(export)
-    export.write(path, run.averaged(), run.progress.step)
-    return UNetResult(path, run.progress.step, run.progress.loss)
+    with session(request.output, config, resume=request.resume, shards=not config.builds_on) as here:
+        torch.manual_seed(config.loop.seed)
+        vae = _vae(request).to(here.device)
+        task, ids = _task(request, vae, manifest, here.home)
+        folder = request.cache or request.output / "latents"
+        cache = fill_cache(manifest, vae, folder, here.world)
+        with here.world.lead_first():
+            text = _text_cache(request, task, manifest, folder)
+        dealing = here.dealing(config.loop)
+        task.batches = loader = BatchLoader(
+            manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache, text=text, **dealing
+        )
+        # only now, as whatever has read its weights knew the model by its own names
+        built_on = _build_on(request, task.module, manifest, loader.sampler.batches_per_epoch)
+        export = built_on or ModelExport(task.module, vae, ids, config)
+        hold_frozen(task.module, config)
+        watchers = _watchers(request, task, vae, export, plans, text, here.world)
+        if not plans:  # pictures are encoded, and none are made: the room is the U-Net's
+            vae.to("cpu")
+            if text is not None:
+                task.module.conditioner.to("cpu")
+        record = _record(request, task.module, vae, ids)
+        loop = with_part_rates(config.loop, task.module.config)
+        run = Run(task, loop, request.output, record, watchers, here)
+        if here.state:
+            run.resume()
+        run.train()
+        path = request.output / file_name(export)
+        if (shipped := run.shipped()) is not None:
+            export.write(path, shipped, run.progress.step)
+        return UNetResult(path, run.progress.step, run.progress.loss)
 
 
 def try_unet(request: UNetRequest) -> Measured:
@@ -156,6 +160,7 @@ def _watchers(
     export: Export,
     plans: Sequence[Wanted],
     text: TextCache | None,
+    world: World,
 ) -> list[Watcher]:
     """Those that the request asks for, in the order of their work."""
     config, found = request.config, list[Watcher]()
@@ -163,7 +168,7 @@ def _watchers(
         found.append(SaveModels(export, request.output, config.save_model_every))
     if request.validation:
         manifest = _manifest(request.validation, config)
-        cache = fill_cache(manifest, vae, request.cache or request.output / "latents")
+        cache = fill_cache(manifest, vae, request.cache or request.output / "latents", world)
         batches = BatchLoader(manifest, config.loop.batch_size, cache=cache, text=text, remainder="short")
         found.append(Validation(task, batches, config))
     if plans:
@@ -200,14 +205,18 @@ def _text_cache(request: UNetRequest, task: UNetTask, manifest: Manifest, folder
     return cache
 
 
-def fill_cache(manifest: Manifest, vae: Autoencoder, folder: Path) -> LatentCache:
-    """Encode every crop that is not in the cache yet."""
-    cache = LatentCache(folder, weights_hash(vae.state_dict()), manifest.config.hygiene)
+def fill_cache(manifest: Manifest, vae: Autoencoder, folder: Path, world: World = ALONE) -> LatentCache:
+    """Encode every crop that is not in the cache yet; each process its share of them."""
+    digest = weights_hash(vae.state_dict())
+    cache = LatentCache(folder, digest, manifest.config.hygiene)
     missing = cache.missing(manifest.kept)
-    with console().bar("encoding", total=len(missing)) as bar:
-        for added in fill_latents(cache, manifest, vae):
+    world.barrier()  # before others write, or they miss what this one counts on
+    mine = missing[world.rank :: world.size]
+    with console().bar("encoding", total=len(mine)) as bar:
+        for added in fill_latents(cache, manifest, vae, rows=mine):
             bar.advance(added)
-    return cache
+    world.barrier()
+    return cache if world.size == 1 else LatentCache(folder, digest, manifest.config.hygiene)
 
 
 def _vae(request: UNetRequest) -> Autoencoder:

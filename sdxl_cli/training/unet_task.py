@@ -15,6 +15,7 @@ from sdxl_cli.model.config import SCALAR_COUNT
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Moments
 from sdxl_cli.training.config import UNetTrainConfig
+from sdxl_cli.training.draws import Streams, each, streams
 from sdxl_cli.training.levels import Drawing, Levels
 from sdxl_cli.training.losses import (
     add_noise,
@@ -66,9 +67,12 @@ class UNetTask:
             # layers draw from torch's own generator; that of the step decides it, so that runs can be resumed
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         loss, per_sample, levels = self._losses(batch, generator)
+        seen = batch.weight > 0  # a process that a short batch has no picture for has one that does not count
+        if not seen.any():
+            return loss, {"images": 0.0}
+        per_sample, index = per_sample.cpu()[seen], levels.index[seen]
         count = len(per_sample)
-        per_sample = per_sample.cpu()
-        means = {"mse": Mean(float(per_sample.mean()), count), **by_level(per_sample, levels.index)}
+        means = {"mse": Mean(float(per_sample.mean()), count), **by_level(per_sample, index)}
         return loss, {"images": float(count), **means}
 
     @torch.no_grad()
@@ -96,43 +100,46 @@ class UNetTask:
     ) -> tuple[Tensor, Tensor, Levels]:
         """The loss, each picture's error [B] and noise level; nothing falls out where ``levels`` are given."""
         config, trains = self.config, levels is None
-        latent = self._latent(batch, generator)
-        levels = levels or self.drawing.draw(len(latent), generator)
-        noise = training_noise(tuple(latent.shape), config.noise_offset, generator).to(latent.device)
+        random = streams(generator, batch.places or range(len(batch)))
+        latent = self._latent(batch, random)
+        levels = levels or self.drawing.draw_each(random)
+        shape = (1, *latent.shape[1:])
+        noise = each(random, lambda g: training_noise(shape, config.noise_offset, g)).to(latent.device)
         noised = add_noise(latent, noise, levels.sigma, config.prediction, config.min_snr_gamma)
         weight = noised.weight * batch.weight * level_weight(config.level_weights, levels.index)
         if config.debiased:
             weight = weight * debiased_weight(levels.sigma)
         with computing(config.loop, self.device):
-            text = self._text(batch, generator if trains else None)
+            text = self._text(batch, random if trains else None)
             cond = condition(self.module.config, text, micro_conditions(batch))
-            vector = self._without_some(cond.vector, generator) if trains else cond.vector
+            vector = self._without_some(cond.vector, random) if trains else cond.vector
             network_input = noised.network_input.contiguous(memory_format=torch.channels_last)
             time = levels.time.to(self.device)
             output = self.module.unet(network_input, time, cond.crossattn, vector)
         loss, per_sample = weighted_mse(output, replace(noised, weight=weight))
         return loss, per_sample, levels
 
-    def _latent(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    def _latent(self, batch: Batch, random: Streams) -> Tensor:
         assert batch.latents is not None, "the loader must have a latent cache"
         moments = Moments(batch.latents.mean, batch.latents.logvar)
-        noise = torch.randn(moments.mean.shape, generator=generator)
+        shape = (1, *moments.mean.shape[1:])
+        noise = each(random, lambda g: torch.randn(shape, generator=g))
         return (moments.sample(noise) * self.module.config.vae.scale_factor).to(self.device)
 
-    def _text(self, batch: Batch, generator: torch.Generator | None) -> TextFeatures:
-        """Features of the captions, some of them taken away when there is a generator."""
+    def _text(self, batch: Batch, random: Streams | None) -> TextFeatures:
+        """Features of the captions, some of them taken away when there are random numbers."""
         config = self.config
         gone = torch.zeros(len(batch), dtype=torch.bool)
-        if generator and config.text_dropout_mode == "empty":  # facts §4: legacy_ucg_value
-            gone = torch.rand(len(batch), generator=generator) < config.text_dropout
+        if random and config.text_dropout_mode == "empty":  # facts §4: legacy_ucg_value
+            gone = each(random, lambda g: torch.rand(1, generator=g)) < config.text_dropout
         if batch.text is not None:
             text = self._cached(batch.text, gone)
         else:
             captions = zip(gone.tolist(), batch.captions, strict=True)
             text = self._encoded(["" if empty else caption for empty, caption in captions])
-        if generator is None or config.text_dropout_mode == "empty":
+        if random is None or config.text_dropout_mode == "empty":
             return text
-        return self._dropped(text, generator)
+        return self._dropped(text, random)
 
     def _encoded(self, captions: Sequence[str]) -> TextFeatures:
         ids_l, ids_g = (ids.to(self.device) for ids in self.tokenize(captions))
@@ -148,27 +155,27 @@ class UNetTask:
         crossattn = crossattn[:, : self.config.caption_tokens]
         return TextFeatures(crossattn.to(self.device), pooled.to(self.device))
 
-    def _dropped(self, text: TextFeatures, generator: torch.Generator) -> TextFeatures:
+    def _dropped(self, text: TextFeatures, random: Streams) -> TextFeatures:
         """Zero features at random, as classifier-free guidance needs (facts §4: ucg_rate)."""
         config, clip_l = self.config, self.module.config.clip_l
         widths = {"clip_l": clip_l.width} if clip_l else {}
         widths["big_g"] = self.module.config.big_g.width
         outputs = [*widths, "pooled"]
         columns = 1 if config.text_dropout_mode == "joint" else len(outputs)
-        draws = torch.rand(len(text.pooled), columns, generator=generator)
+        draws = each(random, lambda g: torch.rand(1, columns, generator=g))
         rates = torch.tensor([config.dropout.get(name, config.text_dropout) for name in outputs])
         keep = (draws >= rates).to(text.pooled)
         parts = torch.split(text.crossattn, list(widths.values()), dim=-1)
         crossattn = torch.cat([part * keep[:, i, None, None] for i, part in enumerate(parts)], dim=-1)
         return TextFeatures(crossattn, text.pooled * keep[:, -1:])
 
-    def _without_some(self, vector: Tensor, generator: torch.Generator) -> Tensor:
+    def _without_some(self, vector: Tensor, random: Streams) -> Tensor:
         """Zero the features of whole micro-conditions at random: they are embedders with a ucg_rate, too."""
         config, model = self.config, self.module.config
         if not any(config.dropout.get(name) for name in model.scalars):
             return vector
         rates = torch.tensor([config.dropout.get(name, 0.0) for name in model.scalars])
-        keep = (torch.rand(len(vector), len(rates), generator=generator) >= rates).to(vector)
+        keep = (each(random, lambda g: torch.rand(1, len(rates), generator=g)) >= rates).to(vector)
         widths = [model.scalar_dim * SCALAR_COUNT[name] for name in model.scalars]
         mask = keep.repeat_interleave(torch.tensor(widths, device=vector.device), dim=1)
         return torch.cat([vector[:, : -mask.shape[1]], vector[:, -mask.shape[1] :] * mask], dim=1)

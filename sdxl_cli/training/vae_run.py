@@ -20,13 +20,13 @@ from sdxl_cli.model.config import CONFIGS, VAEConfig
 from sdxl_cli.model.discriminator import PatchDiscriminator
 from sdxl_cli.model.discriminator import initialize as initialize_discriminator
 from sdxl_cli.model.vae import Autoencoder
-from sdxl_cli.training.folder import prepare
 from sdxl_cli.training.growing import grow, initialize
 from sdxl_cli.training.images import ManifestImages
 from sdxl_cli.training.latents import KEY, LatentStatistics, latent_statistics, normalize_latents
 from sdxl_cli.training.loop import Run, Watcher
 from sdxl_cli.training.measuring import Measured, measure
 from sdxl_cli.training.place import training_device
+from sdxl_cli.training.session import session
 from sdxl_cli.training.vae_config import VAETrainConfig
 from sdxl_cli.training.vae_task import LearnedScale, VAETask, fresh
 from sdxl_cli.training.vae_watching import Reconstructions, SaveAutoencoders, VAEValidation
@@ -81,21 +81,22 @@ def train_vae(request: VAERequest) -> VAEResult:
     """
     config = request.config
     images = _images(request.data, max(config.crop_sizes))
-    device = training_device(config.loop)
-    perceptual = _perceptual(request, device)
     held_out = _images((request.validation,), 1) if request.validation else None
-    prepare(request.output, config, resume=request.resume)
-    torch.manual_seed(config.loop.seed)
-    vae, is_new = build(config, request.init)
-    task = _task(vae.to(device), images, config, perceptual)
-    watchers = _watchers(request, vae, images, held_out, perceptual)
-    run = Run(task, config.loop, request.output, {"task": "vae", **asdict(vae.config)}, watchers)
-    if request.resume:
-        run.resume()
-    run.train()
-    vae.load_state_dict(_own(run.averaged(), vae), strict=False)
-    vae.eval().requires_grad_(False)
-    return _finish(request, run, vae, images, is_new)
+    with session(request.output, config, resume=request.resume, shards=False) as here:
+        perceptual = _perceptual(request, here.device)
+        torch.manual_seed(config.loop.seed)
+        vae, is_new = build(config, request.init)
+        task = _task(vae.to(here.device), images, config, perceptual)
+        task.share = here.share
+        watchers = _watchers(request, vae, images, held_out, perceptual)
+        record = {"task": "vae", **asdict(vae.config)}
+        run = Run(task, config.loop, request.output, record, watchers, here)
+        if here.state:
+            run.resume()
+        run.train()
+        vae.load_state_dict(_own(run.averaged(), vae), strict=False)
+        vae.eval().requires_grad_(False)
+        return here.world.by_lead(lambda: _finish(request, run, vae, images, is_new))
 
 
 def try_vae(request: VAERequest) -> Measured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from sdxl_cli.model.discriminator import PatchDiscriminator
 from sdxl_cli.model.vae import Autoencoder, Moments
 from sdxl_cli.training.adversarial import DISCRIMINATOR_LOSSES
-from sdxl_cli.training.metrics import statistics
+from sdxl_cli.training.draws import each, streams
+from sdxl_cli.training.metrics import Mean, statistics
 from sdxl_cli.training.place import computing
+from sdxl_cli.training.session import ALL, Share
 from sdxl_cli.training.turns import Turn
 from sdxl_cli.training.vae_config import VAETrainConfig
 from sdxl_cli.training.vae_losses import (
@@ -51,6 +53,10 @@ class Drawn:
     """Crops [B, 3, side, side]."""
     noise: Tensor
     """By which latents differ from their means, in deviations [B, z, h, w]."""
+    picks: list[int]
+    """Which images the crops are of."""
+    weight: float
+    """Of their mean loss: 1, but where the crops of all processes are not dealt out evenly."""
 
 
 @dataclass
@@ -66,6 +72,8 @@ class VAETask:
     perceptual: Distance | None = None
     """LPIPS, where the loss has it."""
     discriminator: PatchDiscriminator | None = None
+    share: Share = ALL
+    """Which crops of a batch are this process's."""
     _loss: ReconstructionLoss = field(init=False)
     _readers: ThreadPoolExecutor = field(init=False, repr=False)
     _drawn: dict[int, Drawn] = field(default_factory=dict, repr=False)
@@ -94,7 +102,7 @@ class VAETask:
 
     def step(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """See :class:`~sdxl_cli.training.turns.Task`."""
-        drawn = self._draw(generator)
+        drawn = self._draw(index, generator)
         if self.discriminator is not None and self._is_adversarial(index):
             self._drawn[index] = drawn
         batch = self._reconstruct(drawn)
@@ -104,7 +112,7 @@ class VAETask:
         else:
             last, own = self.module.decoder.conv_out, self.config.adversarial
             loss, said = with_adversary(self._loss, batch, logvar, self.discriminator, last, own)
-        return loss, {**said, "images": float(len(batch.image))}
+        return _counted(loss, said, drawn)
 
     def discriminate(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """The discriminator's step: the same crops, after the autoencoder's.
@@ -113,28 +121,45 @@ class VAETask:
         """
         assert self.discriminator is not None
         own = self.config.adversarial
+        drawn = self._drawn.pop(index)
         with torch.no_grad():
-            batch = self._reconstruct(self._drawn.pop(index))
+            batch = self._reconstruct(drawn)
         real, fake = (self.discriminator(pictures).float() for pictures in (batch.image, batch.output))
         loss = own.factor * DISCRIMINATOR_LOSSES[own.loss](real, fake)
         said = {"logits_real": float(real.detach().mean()), "logits_fake": float(fake.detach().mean())}
-        return loss, {**said, "images": float(len(batch.image))}
+        return _counted(loss, said, drawn)
 
     @torch.no_grad()
     def describe(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """See :class:`~sdxl_cli.training.turns.Task`."""
-        image, picks = self._batch(generator)
-        names = [self.names[i] if self.names else str(i) for i in picks]
-        return {"ids": names, "images": statistics(image), "crop": list(image.shape[-2:])}
+        drawn = self._draw(index, generator)
+        names = [self.names[i] if self.names else str(i) for i in drawn.picks]
+        return {"ids": names, "images": statistics(drawn.image), "crop": list(drawn.image.shape[-2:])}
 
     def _is_adversarial(self, index: int) -> bool:
-        return index // self.config.loop.batches_per_step() >= self.config.adversarial.start
+        batches = self.config.loop.batches_per_step(self.share.began_with) * self.share.parts
+        return index // batches >= self.config.adversarial.start
 
-    def _draw(self, generator: torch.Generator) -> Drawn:
-        image, _ = self._batch(generator)
-        factor = self.module.config.downsampling
-        shape = len(image), self.module.config.z_channels, *(side // factor for side in image.shape[-2:])
-        return Drawn(image, torch.randn(shape, generator=generator))
+    def _draw(self, index: int, generator: torch.Generator) -> Drawn:
+        """This process's crops of a batch, each with random numbers of its own."""
+        config, share = self.config, self.share
+        weights = torch.tensor(config.crop_weights)
+        size = config.crop_sizes[int(torch.multinomial(weights, 1, generator=generator))]
+        count = (
+            max(1, config.pixels_per_step // size**2) if config.pixels_per_step else config.loop.batch_size
+        )
+        total = count * share.began_with
+        every = torch.randint(len(self.images), (total,), generator=generator).tolist()
+        mine = list(range(total))[share.mine(index)]
+        weight = len(mine) * share.hands / total
+        places = mine or [0]  # who has none takes part with one that does not count
+        picks, random = [every[place] for place in places], streams(generator, places)
+        images = self._readers.map(self.images.__getitem__, picks)  # decoding lets other threads run
+        crops = [_random_crop(image, size, own) for image, own in zip(images, random, strict=True)]
+        side = size // self.module.config.downsampling
+        shape = 1, self.module.config.z_channels, side, side
+        noise = each(random, lambda g: torch.randn(shape, generator=g))
+        return Drawn(torch.stack(crops), noise, picks, weight)
 
     def _reconstruct(self, drawn: Drawn) -> Reconstructed:
         """A batch of crops, encoded, drawn from the posterior and decoded."""
@@ -151,17 +176,12 @@ class VAETask:
             hook.remove()
         return Reconstructed(image, output.float(), moments, seen[0])
 
-    def _batch(self, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-        """Crops [B, 3, side, side], and which images they are of."""
-        config = self.config
-        weights = torch.tensor(config.crop_weights)
-        size = config.crop_sizes[int(torch.multinomial(weights, 1, generator=generator))]
-        count = (
-            max(1, config.pixels_per_step // size**2) if config.pixels_per_step else config.loop.batch_size
-        )
-        picks = torch.randint(len(self.images), (count,), generator=generator).tolist()
-        images = self._readers.map(self.images.__getitem__, picks)  # decoding lets other threads run
-        return torch.stack([_random_crop(image, size, generator) for image in images]), picks
+
+def _counted(loss: Tensor, said: Mapping[str, float], drawn: Drawn) -> tuple[Tensor, dict[str, float]]:
+    """The loss with its weight, and means that know how many pictures they are of."""
+    count = len(drawn.image) if drawn.weight else 0
+    means = {name: Mean(value, count) for name, value in said.items()} if count else {}
+    return loss * drawn.weight, {**means, "images": float(count)}
 
 
 def _random_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,6 @@ from sdxl_cli.console import get as console
 from sdxl_cli.generation.picture import Texts, write_picture
 from sdxl_cli.metrics.similarity import psnr, ssim
 from sdxl_cli.model.vae import Autoencoder
-from sdxl_cli.training.ema import swapped_in
 from sdxl_cli.training.loop import Run
 from sdxl_cli.training.metrics import Mean, merged
 from sdxl_cli.training.vae_losses import Distance
@@ -72,7 +71,9 @@ class Reconstructions:
         if done % self.every and done != run.config.max_steps:
             return
         middles = [middle(image, self.side) for image in self.images]
-        with swapped_in(run.averaged(), run.parameters):
+        with run.shown() as module:
+            if module is None:
+                return
             outputs = [reconstruct(self.vae, image) for image in middles]
         path = self.folder / FOLDER / f"{done:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +108,9 @@ class VAEValidation:
         """See :class:`~sdxl_cli.training.loop.Watcher`."""
         if done % self.every and done != run.config.max_steps:
             return
-        with swapped_in(run.averaged(), run.parameters):
+        with run.shown() as module:
+            if module is None:
+                return
             means = self.measure()
         run.log.write({"step": done, **{f"validation_{name}": value for name, value in means.items()}})
         console().note(f"step {done}: validation PSNR {means['psnr']:.2f} dB")
@@ -140,5 +143,5 @@ class SaveAutoencoders:
 
     def after_step(self, run: Run, done: int) -> None:
         """See :class:`~sdxl_cli.training.loop.Watcher`."""
-        if done % self.every == 0:
-            self.write(self.folder / f"vae-{done:06d}.safetensors", run.averaged())
+        if done % self.every == 0 and (shipped := run.shipped()) is not None:
+            self.write(self.folder / f"vae-{done:06d}.safetensors", shipped)

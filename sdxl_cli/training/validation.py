@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+from torch import nn
 
 from sdxl_cli.console import get as console
 from sdxl_cli.data.loader import BatchLoader
+from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.training.config import UNetTrainConfig
-from sdxl_cli.training.ema import swapped_in
 from sdxl_cli.training.levels import Levels
 from sdxl_cli.training.loop import Run
 from sdxl_cli.training.losses import by_level
@@ -34,13 +37,17 @@ class Validation:
         """See :class:`~sdxl_cli.training.loop.Watcher`."""
         if done % self.config.validate_every and done != run.config.max_steps:
             return
-        with swapped_in(run.averaged(), run.parameters):
-            means = self.measure()
+        with run.shown() as module:
+            if module is None:
+                return
+            means = self.measure(module)
         run.log.write({"step": done, **{f"validation_{key}": value for key, value in means.items()}})
         console().note(f"step {done}: validation loss {means['loss']:.4f}")
 
-    def measure(self) -> dict[str, float]:
+    def measure(self, module: nn.Module) -> dict[str, float]:
         """The mean error, ``loss``, and that of each tenth of the levels, ``mse_000_099`` …"""
+        assert isinstance(module, SDXL)
+        task = self.task if module is self.task.module else replace(self.task, module=module)
         rows: list[dict[str, float]] = []
         seen = 0
         for step in range(self.batches.sampler.batches_per_epoch):
@@ -48,7 +55,7 @@ class Validation:
             for part in range(self.config.validate_levels):
                 generator = torch.Generator("cpu").manual_seed(step * self.config.validate_levels + part)
                 levels = self._levels(seen, len(batch), part)
-                errors = self.task.evaluate(batch, levels, generator)
+                errors = task.evaluate(batch, levels, generator)
                 rows.append(
                     {"loss": Mean(float(errors.mean()), len(errors)), **by_level(errors, levels.index)}
                 )

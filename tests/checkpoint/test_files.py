@@ -291,7 +291,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(atomic, "_sync", full)
+    monkeypatch.setattr(atomic, "sync", full)
     with pytest.raises(SdxlError, match="the disk is full"), atomic_write(tmp_path / "x") as temporary:
         temporary.write_text("x")
     assert not list(tmp_path.iterdir())

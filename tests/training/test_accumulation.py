@@ -78,7 +78,7 @@ def test_every_image_counts_alike_in_ragged_batches(tmp_path: Path) -> None:
     run = Run(
         task, config(max_steps=1, accumulate=4, optimizer=OptimizerConfig(max_grad_norm=0)), tmp_path, {}
     )
-    run._gradients(run.players[0], 0, range(4))
+    run._gradients(run.players[0], range(4))
     gradient = task.module.get_parameter("weight").grad
     errors = DATA[:20] @ torch.full((5,), 0.1) + 0.1 - ANSWERS[:20]
     torch.testing.assert_close(gradient, (2 * errors[:, None] * DATA[:20]).sum(0)[None] / 24)

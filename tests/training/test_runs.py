@@ -17,7 +17,7 @@ import torch
 from sdxl_cli.errors import Interrupted, NumericError
 from sdxl_cli.training import unet_task
 from sdxl_cli.training.loop import Run
-from sdxl_cli.training.state import load_state
+from sdxl_cli.training.state import load_state, states
 from sdxl_cli.training.unet_request import UNetRequest
 from sdxl_cli.training.unet_run import train_unet
 from tests.training.files import Train, assert_same_bits, tensors
@@ -31,6 +31,11 @@ def assert_same_runs(one: Path, other: Path) -> None:
     assert values == others
     for path in one.glob("*.safetensors"):
         assert_same_bits(tensors(path), tensors(other / path.name))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All states of a run."""
+    return {str(path): path.read_bytes() for path in states(folder)[0].rglob("*.*")}
 
 
 def test_a_run_in_two_halves_is_the_run_in_one(train: Train, tmp_path: Path) -> None:
@@ -86,7 +91,7 @@ def test_a_failure_while_saving_leaves_the_last_good_state(
     """As a kill would: bytes of the new state are on disk, its name is not yet on them."""
     folder = tmp_path / "run"
     train(folder, 3, False)
-    good = (folder / "state.safetensors").read_bytes()
+    good = contents(folder)
 
     def stops_halfway(file: Any, pending: Any) -> str:
         file.write(next(iter(pending)).make().contiguous().numpy().tobytes()[:100])
@@ -97,8 +102,7 @@ def test_a_failure_while_saving_leaves_the_last_good_state(
         patch.setattr("sdxl_cli.checkpoint.stream._write_all", stops_halfway)
         with pytest.raises(RuntimeError, match="killed"):
             train(folder, 6, True)
-    assert (folder / "state.safetensors").read_bytes() == good
-    assert sorted(path.name for path in folder.glob(".*")) == []
+    assert contents(folder) == good
     train(folder, 6, True)
     train(tmp_path / "whole", 6, False)
     assert_same_runs(tmp_path / "whole", folder)
@@ -107,10 +111,13 @@ def test_a_failure_while_saving_leaves_the_last_good_state(
 def test_a_leftover_of_a_killed_save_disturbs_nobody(train: Train, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(folder, 3, False)
-    (folder / ".state.0123abcd.partial.safetensors").write_bytes(b"half a st")
+    left = folder / "state" / ".step-00000006.partial"
+    left.mkdir()
+    (left / ".part-00000.0123abcd.partial.safetensors").write_bytes(b"half a st")
     train(folder, 6, True)
     train(tmp_path / "whole", 6, False)
     assert_same_runs(tmp_path / "whole", folder)
+    assert sorted(path.name for path in (folder / "state").iterdir()) == ["step-00000003", "step-00000006"]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -128,20 +135,20 @@ def test_what_is_not_finite_stops_the_run_and_spares_the_state(
 
     first = replace(request_, config=unet_config(max_steps=3))
     train_unet(first)
-    good = (request_.output / "state.safetensors").read_bytes()
+    good = contents(request_.output)
     monkeypatch.setattr(unet_task, "weighted_mse", spoiled)
     with pytest.raises(NumericError, match=r"at step 3.*the last saved state is good") as error:
         train_unet(replace(request_, resume=True, config=unet_config(save_every=1)))
     assert error.value.exit_code == 4
     assert where in str(error.value)
-    assert (request_.output / "state.safetensors").read_bytes() == good
+    assert contents(request_.output) == good
 
 
 @pytest.mark.slow
 def test_a_terminated_program_saves_and_exits_with_130(request_: UNetRequest, tmp_path: Path) -> None:
     code = (
-        "from sdxl_cli import cli; from sdxl_cli.model.config import CONFIGS; from tests.training.small import SMALL\n"
-        "CONFIGS['small'] = SMALL\ncli.main()"
+        "import runpy; from sdxl_cli import cli; from sdxl_cli.model.config import CONFIGS\n"
+        f"CONFIGS['small'] = runpy.run_path({str(Path(__file__).with_name('small.py'))!r})['SMALL']\ncli.main()"
     )
     sets = ["model=small", "train_text_encoders=true", "loop.log_every=1", "loop.save_every=1000000"]
     command = [sys.executable, "-c", code, "train-unet", "-d", str(request_.data), "--vae", str(request_.vae)]

@@ -177,7 +177,7 @@ def test_crops_come_from_everywhere_and_in_the_asked_proportion() -> None:
     task = VAETask(Autoencoder(F4), list(images(3, 64)), vae_config(crop_weights=(0.75, 0.25)))
     sides = []
     for seed in range(200):
-        batch, _ = task._batch(torch.Generator().manual_seed(seed))
+        batch = task._draw(0, torch.Generator().manual_seed(seed)).image
         sides.append(batch.shape[-1])
         assert len(batch) == 2048 // batch.shape[-1] ** 2 or len(batch) == 1
     assert 0.65 < sides.count(32) / len(sides) < 0.85

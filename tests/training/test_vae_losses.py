@@ -77,12 +77,11 @@ def original_parts(made: VAETask) -> dict[str, Tensor]:
     ``x``, ``x'`` and everything that ``GeneralLPIPSWithDiscriminator`` of the generative-models repository makes of
     them with ``optimizer_idx`` 0.
     """
-    generator = torch.Generator().manual_seed(9)
-    x, _ = made._batch(generator)
+    drawn = made._draw(0, torch.Generator().manual_seed(9))
+    x = drawn.image
     moments = made.module.encode(x)
     posterior = Normal(moments.mean, (0.5 * moments.logvar).exp())
-    noise = torch.randn(moments.mean.shape, generator=generator)
-    y = made.module.decode(posterior.mean + posterior.stddev * noise)
+    y = made.module.decode(posterior.mean + posterior.stddev * drawn.noise)
     assert made.perceptual
     assert made.discriminator
     assert isinstance(made.module, LearnedScale)
