@@ -113,6 +113,25 @@ Dtype = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Distributed = Annotated[
+    str | None,
+    typer.Option(
+        "--distributed",
+        help="How processes started by torchrun share the work: auto, ddp, fsdp, hsdp or off.",
+        metavar="NAME",
+        rich_help_panel=MACHINE,
+    ),
+]
+LogTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log-to",
+        "--report-to",
+        help="Send metrics to tensorboard or wandb, too; may be repeated.",
+        metavar="NAME",
+        rich_help_panel=WATCH,
+    ),
+]
 SaveEvery = Annotated[
     int | None,
     typer.Option("--save-every", help="Steps between saved states.", metavar="N", rich_help_panel=WATCH),
@@ -189,6 +208,8 @@ LOOP_KEYS = {
     "seed": "loop.seed",
     "device": "loop.device",
     "dtype": "loop.dtype",
+    "distributed": "loop.distributed",
+    "log_to": "loop.log_to",
     "save_every": "loop.save_every",
     "log_every": "loop.log_every",
 }
@@ -202,6 +223,7 @@ def loop_keys(given: Mapping[str, Any]) -> dict[str, Any]:
         given: parameters of the command, by name.
     """
     keys = {key: given[name] for name, key in LOOP_KEYS.items()}
+    keys["loop.log_to"] = tuple(given["log_to"]) if given["log_to"] else None
     if given["accumulate"] is not None:
         keys["loop.total_batch_size"] = 0  # the preset's; a number of batches says it otherwise
     return keys

@@ -105,6 +105,8 @@ class LoopConfig:
     """States that are kept, the newest ones; with 2 a damaged one costs ``save_every`` steps."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
+    log_to: tuple[str, ...] = ()
+    """Where the lines also go: tensorboard and wandb, which need packages of their own."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:

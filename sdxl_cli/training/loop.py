@@ -27,6 +27,7 @@ from sdxl_cli.training.session import Session
 from sdxl_cli.training.shards import gathered, whole
 from sdxl_cli.training.snapshot import numbers, restore, snapshot
 from sdxl_cli.training.state import find_state, save_state
+from sdxl_cli.training.trackers import trackers
 from sdxl_cli.training.turns import Player, Task, turns_of
 
 FAILURE_FILE = "not_finite.json"
@@ -160,7 +161,9 @@ class Run:
         if not done:
             # of whoever draws beside the loop, as dropout does: other numbers in every process
             torch.manual_seed(self.config.seed + 1_000_003 * self.world.rank)
-        with console().bar("training", total=total) as bar, _stop_signals() as stop:
+        if self.world.leads:
+            self.log.sinks = trackers(self.config.log_to, self.folder, done, self.record)
+        with console().bar("training", total=total) as bar, _stop_signals() as stop, self.log:
             bar.advance(done)
             if done:  # who stopped after saving had not looked yet
                 self._watched(done)
@@ -168,7 +171,7 @@ class Run:
                 metrics = self.advance(index)
                 self.log.add(index, metrics)
                 bar.advance()
-                bar.status(self.log.status(self.progress.loss))
+                bar.status(self.log.status(self.progress.loss, self.task))
                 stopping, last = self.world.any(stop.asked), index + 1 == total
                 if last or stopping or (index + 1) % self.config.save_every == 0:
                     self.save()

@@ -96,6 +96,16 @@ class Log:
         self.since = time.perf_counter()
         self.sinks: list[Sink] = []
         """Who gets every line besides the file."""
+        self._before = self.since
+        self._rate = 0.0
+
+    def __enter__(self) -> Log:
+        self._before = self.since = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for sink in self.sinks:
+            sink.close()
 
     def rewind(self, step: int, rows: Sequence[Mapping[str, Sequence[float]]]) -> None:
         """Forget the lines after ``step``, which the run will write again, and what onlookers said of it.
@@ -114,6 +124,9 @@ class Log:
     def add(self, index: int, metrics: Mapping[str, float]) -> None:
         """The metrics of step ``index``, counted from 0."""
         self.rows.append(metrics)
+        now = time.perf_counter()
+        rate = metrics.get(IMAGES, 0.0) * self.world.size / max(now - self._before, 1e-9)
+        self._rate, self._before = 0.9 * self._rate + 0.1 * rate if self._rate else rate, now
         if (index + 1) % self.every and index + 1 != self.last:
             return
         rows = self._together()
@@ -122,9 +135,17 @@ class Log:
         self.write({"step": index + 1, "images_per_second": images / seconds, **merged(rows)})
         self.rows, self.since = [], time.perf_counter()
 
-    def status(self, loss: float) -> str:
-        """The end of the progress bar: the loss, the rate of this process since the last line, the size."""
-        return f"loss {loss:.4f}"
+    def status(self, loss: float, task: object) -> str:
+        """The end of the progress bar: the loss, pictures per second of all processes, and the size of the last ones.
+
+        Args:
+            loss: of the run.
+            task: has ``size``, (height, width), where its pictures have several.
+        """
+        said = [f"loss {loss:.4f}", f"{self._rate:.3g} img/s"]
+        if size := getattr(task, "size", None):
+            said.append("{1}x{0}".format(*size))
+        return ", ".join(said)
 
     def write(self, line: Mapping[str, float]) -> None:
         """Add a line of its own; in the leading process only."""

@@ -16,6 +16,7 @@ from sdxl_cli.training.folder import prepare
 from sdxl_cli.training.parallel import kind_of
 from sdxl_cli.training.place import training_device
 from sdxl_cli.training.state import State
+from sdxl_cli.training.trackers import require_trackers
 from sdxl_cli.training.world import ALONE, World, world_of
 
 
@@ -113,6 +114,7 @@ def session(folder: Path, config: Any, *, resume: bool, shards: bool = True) -> 
         raise UsageError(
             f"--distributed {loop.distributed} shards a whole U-Net; here is little to shard, use ddp"
         )
+    require_trackers(loop.log_to)
     with world_of(loop) as world:
         device = training_device(loop)
         if world.joined and device.type == "cuda":

@@ -54,6 +54,8 @@ class UNetTask:
 
     def __post_init__(self) -> None:
         self.drawing = Drawing(self.config)
+        self.size: tuple[int, int] | None = None
+        """(height, width) in pixels of the pictures of the last step, for who looks on."""
 
     @property
     def device(self) -> torch.device:
@@ -63,9 +65,10 @@ class UNetTask:
     def step(self, index: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """See :class:`~sdxl_cli.training.loop.Task`."""
         batch = self.batches.batch(index)
+        self.size = batch.target_size[0]
         if self.config.lora.dropout:
-            # layers draw from torch's own generator; that of the step decides it, so that runs can be resumed
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            # layers draw from torch's own generator; that of the first picture decides it, so that runs can be resumed
+            torch.manual_seed(streams(generator, batch.places or (0,))[0].initial_seed())
         loss, per_sample, levels = self._losses(batch, generator)
         seen = batch.weight > 0  # a process that a short batch has no picture for has one that does not count
         if not seen.any():
