@@ -72,7 +72,7 @@ def with_gradient(output: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         value: a number.
         gradient: of the shape of ``output``.
     """
-    return _WithGradient.apply(output, value.detach(), gradient)  # type: ignore[no-untyped-call]
+    return _WithGradient.apply(output, value.detach(), gradient)
 
 
 class _WithGradient(torch.autograd.Function):
