@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 WEIGHT_EPS = 1e-4
 """Added to the length of the adversarial gradient, as in VQGAN's code; its paper has 1e-6."""
@@ -59,9 +60,7 @@ def last_layer_gradient(conv: nn.Conv2d, features: Tensor, gradient: Tensor) -> 
         gradient: by what it gave [B, 3, H, W].
     """
     assert isinstance(conv.padding, tuple)
-    return torch.nn.grad.conv2d_weight(
-        features.to(gradient), conv.weight.shape, gradient, conv.stride, conv.padding
-    )
+    return conv2d_weight(features.to(gradient), conv.weight.shape, gradient, conv.stride, conv.padding)
 
 
 def with_gradient(output: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
