@@ -60,7 +60,9 @@ def last_layer_gradient(conv: nn.Conv2d, features: Tensor, gradient: Tensor) -> 
         gradient: by what it gave [B, 3, H, W].
     """
     assert isinstance(conv.padding, tuple)
-    return conv2d_weight(features.to(gradient), conv.weight.shape, gradient, conv.stride, conv.padding)
+    return conv2d_weight(  # type: ignore[no-untyped-call]
+        features.to(gradient), conv.weight.shape, gradient, conv.stride, conv.padding
+    )
 
 
 def with_gradient(output: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
