@@ -33,7 +33,7 @@ from sdxl_cli.training.parts import choose_trained, trained_parts, with_part_rat
 from sdxl_cli.training.place import hold_frozen, training_device
 from sdxl_cli.training.samples import Samples, Wanted, sample_plans
 from sdxl_cli.training.session import session
-from sdxl_cli.training.text_cache import cached_text
+from sdxl_cli.training.text_cache import DTYPES, cached_text
 from sdxl_cli.training.unet_request import (
     UNetRequest,
     base_of,
@@ -206,9 +206,13 @@ def _text_cache(request: UNetRequest, task: UNetTask, manifest: Manifest, folder
 
 
 def fill_cache(manifest: Manifest, vae: Autoencoder, folder: Path, world: World = ALONE) -> LatentCache:
-    """Encode every crop that is not in the cache yet; each process its share of them."""
-    digest = weights_hash(vae.state_dict())
-    cache = LatentCache(folder, digest, manifest.config.hygiene)
+    """Encode every crop that is not in the cache yet; each process its share of them.
+
+    A cache that has all of them is used in whatever precision it is.
+    """
+    digest, hygiene = weights_hash(vae.state_dict()), manifest.config.hygiene
+    caches = [LatentCache(folder, digest, hygiene, dtype=dtype) for dtype in DTYPES]
+    cache = next((one for one in caches if not one.missing(manifest.kept)), caches[0])
     missing = cache.missing(manifest.kept)
     world.barrier()  # before others write, or they miss what this one counts on
     mine = missing[world.rank :: world.size]
@@ -216,7 +220,7 @@ def fill_cache(manifest: Manifest, vae: Autoencoder, folder: Path, world: World 
         for added in fill_latents(cache, manifest, vae, rows=mine):
             bar.advance(added)
     world.barrier()
-    return cache if world.size == 1 else LatentCache(folder, digest, manifest.config.hygiene)
+    return cache if world.size == 1 else LatentCache(folder, digest, hygiene, dtype=cache.dtype)
 
 
 def _vae(request: UNetRequest) -> Autoencoder:

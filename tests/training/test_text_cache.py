@@ -12,6 +12,7 @@ import pytest
 from sdxl_cli import cli
 from sdxl_cli.errors import UsageError
 from sdxl_cli.model.text import OpenClipEmbedder
+from sdxl_cli.model.vae import Autoencoder
 from sdxl_cli.training.unet_request import UNetRequest
 from sdxl_cli.training.unet_run import train_unet
 from tests.training.small import unet_config
@@ -97,3 +98,22 @@ def test_a_caption_that_is_too_long_is_told_of_with_a_cache_too(asked: UNetReque
     cached(asked, "fp16")
     with pytest.raises(UsageError, match="caption_tokens = 4 would cut"):
         train_unet(replace(asked, config=frozen(caption_tokens=4)))
+
+
+def test_latents_that_are_cached_in_another_precision_are_used(
+    asked: UNetRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [
+        "cache-dataset",
+        str(asked.data),
+        "-o",
+        str(asked.cache),
+        "--model",
+        str(asked.init),
+        "--dtype",
+        "fp32",
+    ]
+    assert cli.run([*command, "-q"]) == 0
+    monkeypatch.setattr(Autoencoder, "encode", None)
+    train_unet(asked)
+    assert len(losses(asked.output)) == 4
