@@ -88,11 +88,11 @@ def test_the_state_has_the_adapters_alone_and_two_halves_are_a_whole(asked: UNet
     train_unet(replace(halves, resume=True))
     (one, _), (other, _) = load_state(whole.output), load_state(halves.output)
     assert_same_bits(one, other)
-    for name in ("lora.safetensors",):
-        assert_same_bits(tensors(whole.output / name), tensors(halves.output / name))
-    assert all("adapter" in name for name in one)
+    first, second = (tensors(run.output / "lora.safetensors") for run in (whole, halves))
+    assert_same_bits(first, second)
+    assert all("adapter" in name for name in one if not name.startswith("random."))
     base = Path(str(asked.init)).stat().st_size
-    assert (whole.output / "state.safetensors").stat().st_size < base / 4
+    assert sum(value.nbytes for value in one.values()) < base / 4
 
 
 def test_averages_are_what_is_shipped(asked: UNetRequest) -> None:
