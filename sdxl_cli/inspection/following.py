@@ -113,7 +113,7 @@ def audit_levels(weights: Weights, plan: Plan, latents: Sequence[Tensor]) -> Aud
 
     Args:
         weights: the model.
-        plan: of a picture of the latents' size, for what the model is told.
+        plan: of any picture, for what the model is told.
         latents: scaled [1, z, h, w] of one size.
     """
     sigmas = weights.formulation.schedule().sigmas

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,7 @@ from sdxl_cli.data.sources import find
 from sdxl_cli.data.storage import open_storage
 from sdxl_cli.errors import FileError
 
+T = TypeVar("T")
 MANIFESTS = (".parquet", ".jsonl")
 
 
@@ -57,7 +59,7 @@ def find_inputs(paths: Sequence[Path], max_side: int) -> list[Item]:
     return [item for path in paths for item in _found(path, max_side)]
 
 
-def chosen(items: Sequence[Item], limit: int) -> list[Item]:
+def chosen(items: Sequence[T], limit: int) -> list[T]:
     """``limit`` of the items, evenly spread over them; all of them when it is 0."""
     if not limit or len(items) <= limit:
         return list(items)

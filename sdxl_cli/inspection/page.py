@@ -33,8 +33,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; color: var(--ink); background: var(--ground);
   max-width: 1080px; margin: 2.2em auto 4em; padding: 0 1.2em; }
 h1 { font-size: 1.55em; line-height: 1.25; margin: 0; } h2 { margin: 2.4em 0 .3em; font-size: 1.2em; }
-h3 { font-size: 1em; margin: 1.4em 0 .3em; }
-p { margin: .4em 0; max-width: 76ch; } .says, footer, figcaption { color: var(--faint); }
+p { margin: .4em 0; max-width: 76ch; } p.whole { max-width: none; } .says, footer, figcaption { color: var(--faint); }
 .scroll { overflow-x: auto; margin: .8em 0; }
 table { border-collapse: collapse; font-size: .93em; }
 td, th { padding: .25em 1em .25em 0; border-bottom: 1px solid var(--rule); text-align: left; white-space: nowrap; }

@@ -125,10 +125,19 @@ class Subject:
                 name,
                 float(psnr(*pair)),
                 None if small else float(ssim(*pair)),
-                float(self._lpips(*(part.clamp(-1, 1) for part in pair))) if self._lpips else None,
+                self._distance(*(part.clamp(-1, 1) for part in pair)),
             )
         )
         return again
+
+    def _distance(self, image: Tensor, other: Tensor) -> float | None:
+        """LPIPS; None where nobody asked, or the picture is too small for its network."""
+        if self._lpips is None:
+            return None
+        try:
+            return float(self._lpips(image, other))
+        except ValueError:
+            return None
 
     def see_stored(self, item: Stored, seed: int, *, decode: bool = False) -> Tensor | None:
         """Look at a stored latent; with ``decode`` returns its picture, on the CPU [3, H, W]."""

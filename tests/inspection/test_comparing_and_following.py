@@ -161,6 +161,16 @@ def test_what_is_followed_is_the_picture_that_generate_makes(
     assert any((sheet[y : y + 256, 12 : 12 + 256] == tall).all() for y in rows)
 
 
+def test_a_unet_is_watched_on_noised_latents_of_the_pictures(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(capsys, str(pictures / "b.png"), "--model", "bundled", "--fp16-audit", "unet")
+    (audit,) = report["audits"]
+    assert (audit["network"], audit["runs"]) == ("U-Net", 6)
+    assert {layer["at"] for layer in audit["layers"]} <= {f"t={t}" for t in (999, 799, 599, 400, 200, 0)}
+    assert {"input_blocks.0.0", "out.2"} <= {layer["name"] for layer in audit["layers"]}
+
+
 class Addresses(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -231,3 +241,7 @@ def test_lpips_is_measured_with_its_weights_and_asked_for_without(
     assert cli.run([*args, "--lpips-weights", str(tmp_path / "alex.pth"), "--json", "-q"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["quality"]["lpips"] == report["reconstructions"][0]["lpips"] > 0
+    # too small for the network: not measured, and no reason to stop
+    small = [str(pictures / "a.png"), *args[2:], "--lpips-weights", str(tmp_path / "alex.pth")]
+    assert cli.run(["inspect-latents", *small, "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["quality"]["lpips"] is None

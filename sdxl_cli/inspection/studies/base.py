@@ -86,6 +86,8 @@ class Outcome:
     """To draw: name -> (x, y)."""
     across: str = ""
     """What x is."""
+    logarithmic: bool = False
+    """Whether y is better drawn so."""
 
 
 class PictureStudy(Protocol):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
 
+from sdxl_cli.console import Cell
 from sdxl_cli.generation.picture import Pixels
 from sdxl_cli.generation.request import GenerateRequest
 from sdxl_cli.generation.sizes import format_size, parse_corner, parse_size
@@ -116,7 +117,7 @@ class CropStudy:
         told = _column_values(design, lambda request: request.crop_top_left)
         found = {at: subject(pixels) for at, pixels in pictures.items()}
         rows = sorted({row for _, row in found})
-        table: list[tuple[str, str, str, str, str]] = []
+        table: list[tuple[Cell, ...]] = []
         shifts: list[tuple[float, float]] = []
         cuts: list[float] = []
         for column, crop in enumerate(told):

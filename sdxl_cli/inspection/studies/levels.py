@@ -265,6 +265,7 @@ def summary(places: Sequence[int], sigmas: Tensor, curves: Sequence[Curve]) -> O
         says=f"mean loss on levels 0 to {REFINED - 1}, which the refiner is for: {text or '-'}; above: {above or '-'}",
         curves={c.model: list(zip(map(float, places), c.eps, strict=True)) for c in curves},
         across="noise level",
+        logarithmic=True,
     )
 
 

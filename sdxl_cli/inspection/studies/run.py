@@ -142,7 +142,7 @@ def write(result: Result, grid: Pixels, folder: Path) -> None:
         text = json.dumps(to_jsonable(result), indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     lead = f"{result.model}, {result.pictures} pictures, {result.request.steps} steps, seed {result.request.seed}."
-    curve = page.lines(outcome.curves, across=outcome.across)
+    curve = page.lines(outcome.curves, across=outcome.across, logarithmic=outcome.logarithmic)
     said = outcome.says[:1].upper() + outcome.says[1:]
     parts = [
         page.paragraph(f"{said}."),
