@@ -77,7 +77,9 @@ class Comparison:
     reconstructions: tuple[Reconstruction, ...]
     quality: Quality
     better: int
-    """Pictures that come back with a higher PSNR than through the first autoencoder."""
+    """Pictures that come back with a PSNR higher by 0.01 dB or more than through the first autoencoder."""
+    worse: int
+    """Pictures for which it is the other way round."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

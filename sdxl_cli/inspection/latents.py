@@ -30,6 +30,9 @@ from sdxl_cli.model.vae import Autoencoder
 AUDITED = 4
 """Pictures or latents that an audit looks at: peaks differ little between pictures, and every layer is watched."""
 
+NOTABLE = 0.01
+"""dB of PSNR by which one picture has to be better than another to count."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectRequest:
@@ -296,6 +299,7 @@ class _Inspection:
         ours, theirs = self.first.statistics(), other.statistics()
         paired = agreement(self.first, other)
         before = {r.name: r.psnr for r in self.first.reconstructions}
+        gains = [r.psnr - before[r.name] for r in other.reconstructions if r.name in before]
         same = len(ours.channels) == len(theirs.channels)
         return Comparison(
             name=other.name,
@@ -310,7 +314,8 @@ class _Inspection:
             channel_correlation=paired.correlation,
             reconstructions=tuple(ranked(other.reconstructions)),
             quality=quality(other.reconstructions),
-            better=sum(r.psnr > before[r.name] for r in other.reconstructions if r.name in before),
+            better=sum(gain >= NOTABLE for gain in gains),
+            worse=sum(gain <= -NOTABLE for gain in gains),
         )
 
     def _audits(self) -> tuple[Audit, ...]:

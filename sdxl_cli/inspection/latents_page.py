@@ -296,7 +296,7 @@ def comparison_rows(report: LatentReport, other: Comparison) -> list[list[Cell]]
         ["PSNR, dB", ours.psnr, theirs.psnr],
         ["SSIM", ours.ssim, theirs.ssim],
         ["LPIPS", ours.lpips, theirs.lpips],
-        ["pictures with the higher PSNR", len(other.reconstructions) - other.better, other.better],
+        ["pictures that are better by 0.01 dB", other.worse, other.better],
         ["Fréchet distance of latents", None, other.frechet],
         ["latents of the same name", None, other.pairs],
         ["difference of those, root mean square", None, other.rms_difference],

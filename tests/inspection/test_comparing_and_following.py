@@ -67,14 +67,16 @@ def test_two_autoencoders_are_compared_on_the_same_pixels(
     assert beside.together == alone.together
     assert beside.quality == alone.quality
     ours = {r.name: r.psnr for r in report.reconstructions}
-    assert beside.better == sum(r.psnr > ours[r.name] for r in alone.reconstructions)
+    gains = [r.psnr - ours[r.name] for r in alone.reconstructions]
+    assert beside.better == sum(gain >= 0.01 for gain in gains)
+    assert beside.worse == sum(gain <= -0.01 for gain in gains)
     assert {sheet.name for sheet in found.sheets} == {"reconstructions", "versus", "channels"}
 
 
 def test_an_autoencoder_beside_itself_agrees_with_itself(pictures: Path, vae_file: Path) -> None:
     beside = look(pictures, vae=str(vae_file), compare_vae=str(vae_file)).report.comparison
     assert beside is not None
-    assert (beside.rms_difference, beside.better) == (0.0, 0)
+    assert (beside.rms_difference, beside.better, beside.worse) == (0.0, 0, 0)
     assert beside.channel_correlation == pytest.approx((1.0,) * 4)
     assert beside.frechet == pytest.approx(0, abs=1e-9)
 
