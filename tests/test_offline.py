@@ -19,6 +19,7 @@ AS_BUNDLED = ["--set", "prediction=eps", "--set", "zero_terminal_snr=false"]
 COMMANDS: dict[str, list[str]] = {
     "generate": ["a red cup", "--model", "bundled", "--steps", "1", "--size", "128x128", "-o", "made.png"],
     "refine": ["made.png", "--refiner", "bundled", "--steps", "2", "--strength", "0.9", "-o", "refined"],
+    "bench": ["--model", "bundled", "--size", "64x64", "--only", "unet", "--repeats", "1"],
     "decode": ["made.latents.safetensors", "--model", "bundled", "-o", "decoded.png"],
     "inspect-image": ["made.png"],
     "reproduce": ["made.png", "--model", "bundled"],

@@ -51,6 +51,14 @@ def decode(latent: Tensor, weights: Weights, *, tile: int | None = None) -> Pixe
     Raises:
         NumericError: the autoencoder gave NaN or infinity.
     """
+    image = decoded(latent, weights, tile=tile)
+    levels = ((image + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
+    pixels: Pixels = rearrange(levels, "1 c h w -> h w c").cpu().numpy()
+    return pixels
+
+
+def decoded(latent: Tensor, weights: Weights, *, tile: int | None = None) -> Tensor:
+    """What :func:`decode` rounds to pixels: [1, 3, 8h, 8w], about -1 … 1, fp32, where the autoencoder is."""
     vae = weights.vae()
     z = vae.from_latent(latent.float()).to(weights.device, weights.vae_dtype)
     factor = weights.config.vae.downsampling
@@ -62,9 +70,7 @@ def decode(latent: Tensor, weights: Weights, *, tile: int | None = None) -> Pixe
     image = pixels_of(z) if tile is None else decoded_in_tiles(pixels_of, z, factor=factor, tile=tile)
     image = image.float()
     require_finite(image, "the autoencoder, decoding", weights.vae_dtype, "--vae-dtype")
-    levels = ((image + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
-    pixels: Pixels = rearrange(levels, "1 c h w -> h w c").cpu().numpy()
-    return pixels
+    return image
 
 
 def in_strips(weights: Weights, size: tuple[int, int]) -> bool:

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 COMMON = {"sdxl_cli", "sdxl_cli.errors", "sdxl_cli.presets", "sdxl_cli.console"}
 LOWER = {"sdxl_cli.diffusion", "sdxl_cli.checkpoint", "sdxl_cli.metrics", "sdxl_cli.model", "sdxl_kernels"}
-ROOMS = {"sdxl_cli.generation", "sdxl_cli.training", "sdxl_cli.data", "sdxl_cli.inspection"}
+ROOMS = {
+    "sdxl_cli.generation", "sdxl_cli.training", "sdxl_cli.data", "sdxl_cli.inspection", "sdxl_cli.bench",
+}  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
     "sdxl_kernels": set(),
@@ -33,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sdxl_cli.data": COMMON | LOWER,
     "sdxl_cli.inspection": COMMON | LOWER | {"sdxl_cli.data", "sdxl_cli.generation"},
     "sdxl_cli.training": COMMON | LOWER | {"sdxl_cli.generation", "sdxl_cli.data"},
+    "sdxl_cli.bench": COMMON | LOWER | {"sdxl_cli.generation", "sdxl_cli.training", "sdxl_cli.data"},
     "sdxl_cli.commands": COMMON | LOWER | ROOMS,
     "sdxl_cli.cli": COMMON | {"sdxl_cli.commands"},
     "sdxl_cli.__main__": {"sdxl_cli.cli"},
