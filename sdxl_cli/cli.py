@@ -1,8 +1,9 @@
 """The ``sdxl`` program: finds the subcommands, and turns what goes wrong into one line and an exit code.
 
 A subcommand is a module of ``sdxl_cli.commands`` with ``PANEL`` (its heading in the help) and ``command`` (a
-function with Typer annotations). Only the module of the subcommand asked for is imported; the help lists them
-all, which is why none of them may import anything heavy at the top.
+function with Typer annotations); where it has subcommands of its own, they are in ``SUBCOMMANDS``, by name. Only the
+module of the subcommand asked for is imported; the help lists them all, which is why none of them may import anything
+heavy at the top.
 """
 
 from __future__ import annotations
@@ -51,6 +52,19 @@ def load_command(name: str) -> ModuleType:
     return import_module(f"{commands.__name__}.{name.replace('-', '_')}")
 
 
+def built(name: str) -> Any:
+    """The subcommand ``name`` as click runs it, with those it has itself."""
+    module = load_command(name)
+    app = typer.Typer(add_completion=False)
+    if not hasattr(module, "SUBCOMMANDS"):
+        app.command(name)(module.command)
+        return build_command(app)
+    app.callback()(module.command)
+    for inner, function in module.SUBCOMMANDS.items():
+        app.command(inner)(function)
+    return build_command(app)
+
+
 class CommandGroup(TyperGroup):
     """The subcommands, each built when it is asked for."""
 
@@ -64,9 +78,7 @@ class CommandGroup(TyperGroup):
             return None  # an option in the wrong place: the parser says so
         if cmd_name not in command_names():
             raise unknown("command", cmd_name, command_names())
-        single = typer.Typer(add_completion=False)
-        single.command(cmd_name)(load_command(cmd_name).command)
-        return build_command(single)
+        return built(cmd_name)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """The page of ``sdxl --help``, as plain text: rich would cost more time than all the rest of it."""

@@ -6,6 +6,7 @@ the differences channel by channel, which the authors fitted to what people judg
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -61,6 +62,14 @@ class LPIPS(nn.Module):
             for a, b, head in zip(self._features(images), self._features(others), self.heads, strict=True)
         ]
         return torch.stack(distances).sum(dim=0)
+
+    def digest(self) -> str:
+        """sha256 of all weights: which LPIPS it is, whatever files it came from."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            found.update(name.encode())
+            found.update(tensor.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def _features(self, images: Tensor) -> Iterator[Tensor]:
         x = (images - self.shift) / self.scale

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"sdxl_cli", "sdxl_cli.errors", "sdxl_cli.presets", "sdxl_cli.console"}
 LOWER = {"sdxl_cli.diffusion", "sdxl_cli.checkpoint", "sdxl_cli.metrics", "sdxl_cli.model", "sdxl_kernels"}
 ROOMS = {
-    "sdxl_cli.generation", "sdxl_cli.training", "sdxl_cli.data", "sdxl_cli.inspection", "sdxl_cli.bench",
+    "sdxl_cli.generation", "sdxl_cli.training", "sdxl_cli.data", "sdxl_cli.evaluation", "sdxl_cli.inspection",
+    "sdxl_cli.bench",
 }  # fmt: skip
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -33,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sdxl_cli.metrics": COMMON | {"sdxl_cli.checkpoint"},
     "sdxl_cli.generation": COMMON | LOWER,
     "sdxl_cli.data": COMMON | LOWER,
+    "sdxl_cli.evaluation": COMMON | LOWER | {"sdxl_cli.generation", "sdxl_cli.data"},
     "sdxl_cli.inspection": COMMON | LOWER | {"sdxl_cli.data", "sdxl_cli.generation"},
     "sdxl_cli.training": COMMON | LOWER | {"sdxl_cli.generation", "sdxl_cli.data"},
     "sdxl_cli.bench": COMMON | LOWER | {"sdxl_cli.generation", "sdxl_cli.training", "sdxl_cli.data"},

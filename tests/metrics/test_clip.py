@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 from torchmetrics.functional.multimodal import clip_score
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from sdxl_cli.errors import FileError, NetworkError, UsageError
-from sdxl_cli.generation.prompt import Tokenizer
 from sdxl_cli.metrics.clip import Pixels, find_clip, load_clip
 
 TEXTS = ["a red guitar", "two cats on a blue sofa, in the evening"]
@@ -36,41 +34,13 @@ def pictures() -> list[Pixels]:
     return [np.array(Image.fromarray(pixels).resize((80, 61), Image.Resampling.BICUBIC)) for pixels in coarse]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small CLIP as transformers saves it."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("clip")
-    config = CLIPConfig(
-        projection_dim=16,
-        text_config={
-            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
-            "eos_token_id": 49407, "bos_token_id": 49406, "pad_token_id": 49407,
-        },
-        vision_config={
-            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
-            "image_size": 32, "patch_size": 8,
-        },
-    )  # fmt: skip
-    model = CLIPModel(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(path)
-    ours = Tokenizer.default()
-    (path / "vocab.json").write_text(json.dumps(ours.vocabulary), encoding="utf-8")
-    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in ours.merges)])
-    (path / "merges.txt").write_text(merges + "\n", encoding="utf-8")
-    CLIPTokenizer.from_pretrained(path, pad_token="<|endoftext|>", model_max_length=77).save_pretrained(path)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        path
-    )
-    return path
-
-
-def test_scores_are_the_cosines_of_transformers(folder: Path, pictures: list[Pixels]) -> None:
-    clip = load_clip(find_clip(str(folder), None), "cpu")
+def test_scores_are_the_cosines_of_transformers(clip_folder: Path, pictures: list[Pixels]) -> None:
+    clip = load_clip(find_clip(str(clip_folder), None), "cpu")
     found, cut = clip.scores(pictures, TEXTS)
-    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        CLIPModel.from_pretrained(clip_folder).eval(),
+        CLIPTokenizer.from_pretrained(clip_folder),
+    )
     inputs = torch.stack([clip._preprocess(Image.fromarray(pixels)) for pixels in pictures])
     with torch.inference_mode():
         out = model(**tokenizer(TEXTS, padding=True, return_tensors="pt"), pixel_values=inputs)
@@ -80,18 +50,20 @@ def test_scores_are_the_cosines_of_transformers(folder: Path, pictures: list[Pix
     assert found.abs().max() > 1
 
 
-def test_pictures_are_prepared_as_transformers_does_with_pillow(folder: Path, pictures: list[Pixels]) -> None:
-    clip = load_clip(find_clip(str(folder), None), "cpu")
+def test_pictures_are_prepared_as_transformers_does_with_pillow(
+    clip_folder: Path, pictures: list[Pixels]
+) -> None:
+    clip = load_clip(find_clip(str(clip_folder), None), "cpu")
     image = Image.fromarray(pictures[0])
-    (expected,) = CLIPImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    (expected,) = CLIPImageProcessor.from_pretrained(clip_folder)(image, return_tensors="pt")["pixel_values"]
     # torch's filter rounds otherwise than Pillow's: a level or two of 255
     torch.testing.assert_close(clip._preprocess(image), expected, rtol=0, atol=2.5 / 255 / 0.26)
 
 
 def test_the_score_is_that_of_torchmetrics(
-    folder: Path, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
+    clip_folder: Path, pictures: list[Pixels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clip = load_clip(find_clip(str(folder), None), "cpu")
+    clip = load_clip(find_clip(str(clip_folder), None), "cpu")
     inputs = [clip._preprocess(Image.fromarray(pixels)) for pixels in pictures]
 
     class Theirs(CLIPModel):  # type: ignore[misc]
@@ -103,21 +75,23 @@ def test_the_score_is_that_of_torchmetrics(
         def get_text_features(self, input_ids: Any, attention_mask: Any) -> Any:
             return self.text_projection(self.text_model(input_ids, attention_mask).pooler_output)
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
 
     def processor(images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         return {"pixel_values": torch.stack(inputs)} if text is None else tokenizer(text, **kwargs)
 
     images = [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in pictures]
     with torch.no_grad():
-        expected = clip_score(images, TEXTS, lambda: (Theirs.from_pretrained(folder).eval(), processor))
+        expected = clip_score(images, TEXTS, lambda: (Theirs.from_pretrained(clip_folder).eval(), processor))
     found, _ = clip.scores(pictures, TEXTS)
     assert float(found.mean()) == pytest.approx(float(expected), rel=1e-5)
     assert expected > 1
 
 
-def test_a_long_text_is_cut_before_its_end_mark_and_counted(folder: Path, pictures: list[Pixels]) -> None:
-    clip = load_clip(find_clip(str(folder), None), "cpu")
+def test_a_long_text_is_cut_before_its_end_mark_and_counted(
+    clip_folder: Path, pictures: list[Pixels]
+) -> None:
+    clip = load_clip(find_clip(str(clip_folder), None), "cpu")
     found, cut = clip.scores(pictures, [TEXTS[0], LONG])
     assert cut == 1
     # 75 words fill it: what comes after them is not read

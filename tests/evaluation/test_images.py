@@ -1,0 +1,169 @@
+"""One folder against another, beside torch-fidelity's own program on the same folders and weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch_fidelity
+from PIL import Image
+
+from sdxl_cli import cli
+from sdxl_cli.evaluation.distribution import read_statistics
+from tests.evaluation.conftest import draw, scores
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def theirs(sets: tuple[Path, Path], inception_file: Path) -> dict[str, float]:
+    found: dict[str, float] = torch_fidelity.calculate_metrics(
+        input1=str(sets[0]), input2=str(sets[1]), fid=True, kid=True, isc=True, cuda=False, cache=False, verbose=False,
+        feature_extractor_weights_path=str(inception_file), kid_subsets=5, kid_subset_size=4, isc_splits=2,
+        rng_seed=2020, save_cpu_ram=True,
+    )  # fmt: skip
+    return found
+
+
+def test_fid_kid_and_is_are_those_of_torch_fidelity(
+    sets: tuple[Path, Path], inception_file: Path, theirs: dict[str, float], run: Run
+) -> None:
+    found = scores(
+        run(
+            "images", sets[0], "--reference", sets[1], "--inception-weights", inception_file,
+            "--kid-subsets", 5, "--kid-subset-size", 4, "--is-splits", 2, "-o", "out",
+        )
+    )  # fmt: skip
+    fid = theirs["frechet_inception_distance"]
+    assert found["FID"]["value"] == pytest.approx(fid, rel=1e-4)
+    assert found["KID"]["value"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert found["KID"]["spread"] == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-3)
+    assert found["IS"]["value"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert (found["FID"]["pictures"], found["FID"]["reference"]) == (6, 5)
+    saved = json.loads(Path("out/results.json").read_text())
+    assert saved["results"][0]["scores"][0]["value"] == found["FID"]["value"]
+    assert saved["settings"]["inception"]["resize"] == "tf1"
+    assert any("5 pictures are too few" in text for text in saved["warnings"])
+
+
+def test_statistics_stand_for_their_pictures(
+    sets: tuple[Path, Path], inception_file: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--inception-weights", inception_file)
+    for name in ("with.safetensors", "with.npz"):
+        run("statistics", sets[1], "-o", name, "--features", *flags)
+    assert not list(Path().glob("*.partial"))
+    more = ("--kid-subset-size", 4, "--is-splits", 2, *flags)
+    expected = scores(run("images", sets[0], "--reference", sets[1], "-o", "a", *more))
+    # the pictures' own features are there already; only what they are compared with is another
+    for name, metric in (("with.npz", "FID"), ("with.safetensors", "KID")):
+        found = scores(
+            run("images", sets[0], "--reference", name, "-o", "a", "--metrics", metric.lower(), *more)
+        )
+        assert found[metric]["value"] == pytest.approx(expected[metric]["value"], rel=1e-9)
+    # no result takes the place of another
+    assert len(list(Path("a").glob("results*.json"))) == 3
+    with np.load("with.npz") as content:
+        np.savez("foreign.npz", mu=content["mu"], sigma=content["sigma"])
+        reference, warnings = read_statistics(Path("foreign.npz"), {"size": 256})
+        assert (reference.gaussian.mean.numpy() == content["mu"]).all()
+        assert reference.gaussian.count is None
+    assert "does not say how its pictures were measured" in warnings[0]
+    for args, says in (
+        (("--reference", "foreign.npz", "--metrics", "kid"), "the statistics have no features"),
+        (("--reference", "with.npz", "--resize", "clean"), "was measured otherwise (inception"),
+        (("--reference", "with.npz", "--size", "64"), "was measured otherwise (size"),
+        ((), "give --reference PATH"),
+    ):
+        assert cli.run(["eval", "images", str(sets[0]), *args, "-o", "a", *map(str, flags)]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_the_clean_resize_gives_other_numbers(
+    sets: tuple[Path, Path], inception_file: Path, run: Run, theirs: dict[str, float]
+) -> None:
+    flags = ("--metrics", "is", "--is-splits", 2, "--resize", "clean", "--inception-weights", inception_file)
+    found = scores(run("images", sets[0], *flags))["IS"]["value"]
+    assert found == pytest.approx(theirs["inception_score_mean"], rel=0.1)
+    assert found != pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert next(Path("evaluations").glob("images-*/results.json")).is_file()
+
+
+def test_clip_score_of_captions(
+    sets: tuple[Path, Path], clip_folder: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = draw(Path("captioned"), 3, 0)
+    for number in range(3):
+        (folder / f"{number:03d}.txt").write_text(f"a picture of {number} cats")
+    args = ("images", folder, "--metrics", "clip", "--clip-model", clip_folder, "--batch-size", 2)
+    score = scores(run(*args, "-o", "a"))["CLIP score"]
+    Path("texts.txt").write_text("".join(f"a picture of {number} cats\n" for number in range(3)))
+    assert scores(run(*args, "-o", "b", "--prompts", "texts.txt"))["CLIP score"] == score
+    assert score["pictures"] == 3
+    assert score["spread_is"].startswith("standard error")
+    for more, says in (
+        ((), "not every picture has a caption"),
+        (("--prompts", "texts.txt"), "3 texts for 6"),
+    ):
+        bare = ["eval", "images", str(sets[0]), "--metrics", "clip", "--clip-model", str(clip_folder), *more]
+        assert cli.run(bare) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_pairs_by_name(lpips_file: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = draw(Path("one"), 3, 0), draw(Path("other"), 4, 1)
+    args = ("--metrics", "psnr,ssim,lpips", "--lpips-net", "alex", "--lpips-weights", lpips_file)
+    found = scores(run("images", one, "--reference", other, "-o", "a", *args))
+    errors = [
+        np.mean(
+            (np.asarray(Image.open(one / name), float) - np.asarray(Image.open(other / name), float)) ** 2
+        )
+        for name in ("000.png", "001.png", "002.png")
+    ]
+    assert found["PSNR"]["value"] == pytest.approx(
+        np.mean(10 * np.log10(255**2 / np.array(errors))), rel=1e-6
+    )
+    assert found["SSIM"]["better"] == "higher"
+    assert found["LPIPS"]["better"] == "lower"
+    assert cli.run(["eval", "images", "other", "--reference", "one", "--metrics", "psnr"]) == 3
+    assert "has no picture for 003.png (1 of 4 lack one)" in capsys.readouterr().err
+    same = run("images", one, "--reference", one, "-o", "b", "--metrics", "psnr,ssim")
+    assert "PSNR" not in scores(same)
+    assert any("are the same as their originals" in text for text in same["warnings"])
+
+
+def test_broken_pictures_are_left_out_and_named(inception_file: Path, run: Run) -> None:
+    folder = draw(Path("broken"), 4, 0)
+    (folder / "001.png").write_bytes(b"nothing")
+    args = (
+        "images",
+        folder,
+        "--metrics",
+        "is",
+        "--is-splits",
+        1,
+        "--inception-weights",
+        inception_file,
+        "-o",
+        "a",
+    )
+    for _ in range(2):  # and again when all is there already
+        content = run(*args)
+        assert scores(content)["IS"]["pictures"] == 3
+        assert content["unusable"][0].startswith("001.png: ")
+
+
+def test_weights_that_are_missing_end_the_run_before_it_begins(
+    sets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["eval", "images", str(sets[0]), "--reference", str(sets[1])]) == 6
+    told = capsys.readouterr().err
+    assert "pt_inception-2015-12-05-6726825d.pth" in told
+    assert "--inception-weights" in told
+    assert not Path("evaluations").exists()
+    assert cli.run(["eval", "images", str(sets[0]), "--metrics", "fad"]) == 2
+    assert "unknown metric 'fad'; did you mean fid" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""Autoencoders measured: numbers beside torchmetrics' on pictures made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from sdxl_cli import cli
+from sdxl_cli.evaluation.reconstruction import _Work
+from sdxl_cli.evaluation.table import Columns
+from sdxl_cli.metrics.lpips import load_lpips
+from sdxl_cli.model.vae import Autoencoder
+from tests.evaluation.conftest import scores
+
+Run = Callable[..., dict[str, Any]]
+
+
+def test_the_numbers_are_those_of_the_saved_reconstructions(
+    sets: tuple[Path, Path],
+    vae: Autoencoder,
+    vae_file: Path,
+    lpips_file: Path,
+    inception_file: Path,
+    run: Run,
+) -> None:
+    networks = ("--lpips-net", "alex", "--lpips-weights", lpips_file, "--inception-weights", inception_file)
+    content = run(
+        "reconstruction", sets[0], "--vae", vae_file, "--size", 64, "--batch-size", 4, "-o", "a", *networks
+    )
+    found = scores(content)
+    originals, again = Path("originals"), Path("again")
+    psnrs, ssims, distances = [], [], []
+    lpips = load_lpips("alex", [lpips_file])
+    for folder in (originals, again):
+        folder.mkdir()
+    for path in sorted(sets[0].iterdir()):
+        # 80 x 72: the short side is 72
+        small = Image.open(path).resize((71, 64), Image.Resampling.BICUBIC).crop((3, 0, 67, 64))
+        small.save(originals / path.name)
+        image = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            decoded = vae.decode(vae.encode(image.float() / 127.5 - 1).mode())
+            levels = ((decoded + 1) * 127.5).clamp(0, 255).round()
+            psnrs.append(peak_signal_noise_ratio(levels, image.float(), data_range=255.0))
+            ssims.append(structural_similarity_index_measure(levels, image.float(), data_range=255.0))
+            distances.append(lpips(levels / 127.5 - 1, image.float() / 127.5 - 1))
+        Image.fromarray(levels[0].permute(1, 2, 0).to(torch.uint8).numpy()).save(again / path.name)
+    assert found["PSNR"]["value"] == pytest.approx(float(torch.stack(psnrs).mean()), rel=1e-4)
+    assert found["SSIM"]["value"] == pytest.approx(float(torch.stack(ssims).mean()), abs=1e-4)
+    assert found["LPIPS"]["value"] == pytest.approx(float(torch.cat(distances).mean()), rel=1e-4)
+    spread = torch.stack(psnrs).double().std() / 6**0.5
+    assert found["PSNR"]["spread"] == pytest.approx(float(spread), rel=1e-3)
+    folders = run("images", again, "--reference", originals, "--metrics", "fid,psnr", "-o", "b", *networks)
+    assert found["rFID"]["value"] == pytest.approx(scores(folders)["FID"]["value"], rel=1e-3)
+    assert content["paper"]["rows"]["SDXL-VAE"]["rFID"] == 4.4
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(
+    sets: tuple[Path, Path],
+    vae_file: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = (
+        "reconstruction",
+        sets[0],
+        "--vae",
+        vae_file,
+        "--size",
+        64,
+        "--batch-size",
+        4,
+        "--posterior",
+        "sample",
+    )
+    args = (*args, "--metrics", "psnr,ssim")
+    whole = run(*args, "-o", "whole")
+    real = _Work.columns
+
+    def stopping(self: _Work, rows: range) -> Columns:
+        if rows.start == 4:
+            raise KeyboardInterrupt
+        return real(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Work, "columns", stopping)
+        assert cli.run(["eval", *map(str, args), "-o", "parts", "--device", "cpu"]) == 130
+    assert "stopped at 4 of 6; the same command goes on from there" in capsys.readouterr().err
+    assert run(*args, "-o", "parts")["results"] == whole["results"]
+    # another posterior is another measurement
+    other = [*map(str, args[:-4]), "--metrics", "psnr,ssim"]
+    assert cli.run(["eval", *other, "-o", "parts", "--device", "cpu"]) == 3
+    assert "was begun with other settings (posterior" in capsys.readouterr().err
+
+
+def test_several_autoencoders_are_rows_of_one_table(
+    sets: tuple[Path, Path], vae_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        "--vae",
+        str(vae_file),
+        "--vae",
+        "bundled",
+        "--size",
+        "64",
+        "--metrics",
+        "psnr,ssim",
+        "--limit",
+        "3",
+    ]
+    assert cli.run(["eval", "reconstruction", str(sets[0]), *args, "-o", "a", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "small" in shown
+    assert "sdxl-tiny-base" in shown
+    assert "Table 3" in shown
+    assert "24.7" in shown
+
+
+def test_sizes_that_do_not_fit_are_refused(
+    sets: tuple[Path, Path], vae_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["eval", "reconstruction", str(sets[0]), "--vae", str(vae_file), "--metrics", "psnr", "--size"]
+    assert cli.run([*base, "60"]) == 2
+    assert "has to be a multiple of 8" in capsys.readouterr().err
+    assert cli.run([*base, "0"]) == 2
+
+
+def test_lpips_that_is_missing_is_asked_for(
+    sets: tuple[Path, Path], vae_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        cli.run(["eval", "reconstruction", str(sets[0]), "--vae", str(vae_file), "--metrics", "lpips"]) == 6
+    )
+    assert "vgg16-397923af.pth" in capsys.readouterr().err
