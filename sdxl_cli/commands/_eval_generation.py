@@ -132,12 +132,7 @@ def command(
     frame = shared.framing(size, filter_name)
     folder = shared.place(output, "generation", {**chosen.settings(), **networks.settings(), **given})
     console.note(f"{chosen.count} pictures for {len(texts)} prompts at {len(scales)} scales; into {folder}")
-    other, warnings = None, []
-    if {"fid", "kid"} & set(wanted):
-        only_inception = Networks(networks.flags, inception=True)
-        other, warnings = shared.reference(
-            reference, only_inception, frame, folder / "reference", batch=batch_size, console=console
-        )
+    other, warnings = shared.reference(given, wanted, frame, folder, console)
     rows = []
     for scale in scales:
         table = generated(
@@ -159,8 +154,7 @@ def command(
         **networks.settings(),
         "reference": other.settings if other else None,
         "drawing": shared.drawing(given),
-        "size": size,
-        "filter": filter_name if size else None,
+        **frame.settings(),
         "models": models,
         "request": settled,
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +14,10 @@ from sdxl_cli.commands._options import Json, Quiet
 from sdxl_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from sdxl_cli.evaluation.networks import Networks
     from sdxl_cli.evaluation.pictures import Pictures
+    from sdxl_cli.evaluation.scores import Score
+    from sdxl_cli.evaluation.table import Table
 
 METRICS = ("fid", "kid", "is", "clip", "psnr", "ssim", "lpips")
 
@@ -68,31 +72,24 @@ def command(
 
     from sdxl_cli.evaluation.distribution import measured, scores_of
     from sdxl_cli.evaluation.networks import Networks
-    from sdxl_cli.evaluation.pairs import compared
     from sdxl_cli.evaluation.pictures import open_pictures
     from sdxl_cli.evaluation.reconstruction import PAIRED, pair_scores
     from sdxl_cli.evaluation.scores import Row, parse_metrics, write_results
 
     wanted = parse_metrics(metrics, METRICS)
-    apart, pairs = (
-        [name for name in wanted if name not in PAIRED],
-        [name for name in wanted if name in PAIRED],
-    )
+    apart = [name for name in wanted if name not in PAIRED]
+    pairs = [name for name in wanted if name in PAIRED]
     frame = shared.framing(size, filter_name)
     seen = bool({"fid", "kid", "is"} & set(wanted))
-    flags = shared.network_flags(given)
-    networks = Networks(flags, inception=seen, lpips="lpips" in wanted, clip="clip" in wanted)
+    networks = Networks(
+        shared.network_flags(given), inception=seen, lpips="lpips" in wanted, clip="clip" in wanted
+    )
     found = open_pictures(pictures, frame, limit)
     texts = _texts(found, prompts) if "clip" in wanted else None
     folder = shared.place(output, "images", {**found.settings(), **networks.settings(), **given})
     console.note(f"{len(found)} of {found.found} pictures; into {folder}")
-    scores, warnings = [], []
-    other = None
-    if {"fid", "kid"} & set(wanted):
-        only_inception = Networks(flags, inception=True)
-        other, warnings = shared.reference(
-            reference, only_inception, frame, folder / "reference", batch=batch_size, console=console
-        )
+    scores: list[Score] = []
+    other, warnings = shared.reference(given, wanted, frame, folder, console)
     if apart:
         table = measured(
             found, networks, folder / "pictures", batch=batch_size, description="pictures", texts=texts
@@ -100,18 +97,9 @@ def command(
         scores, said = scores_of(table, apart, other, shared.drawing(given))
         warnings += said
     if pairs:
-        if reference is None:
-            raise UsageError(f"{', '.join(pairs)} compare pairs of pictures: give --reference FOLDER")
-        table = compared(
-            found,
-            open_pictures(reference, frame),
-            networks,
-            folder / "pairs",
-            metrics=pairs,
-            batch=batch_size,
-        )
-        found_scores, said = pair_scores(table, pairs)
-        scores += found_scores
+        table = _pairs(given, found, networks, folder, pairs)
+        paired, said = pair_scores(table, pairs)
+        scores += paired
         warnings += said
     shared.tell_unusable(found.unusable(), console)
     rows = [Row(name=str(pictures), scores=tuple(scores))]
@@ -132,6 +120,19 @@ def command(
         unusable=found.unusable(),
     )
     shared.show(console, rows, warnings=warnings, paper=None, path=path, content=content)
+
+
+def _pairs(
+    given: Mapping[str, Any], pictures: Pictures, networks: Networks, folder: Path, metrics: Sequence[str]
+) -> Table:
+    """Every picture against the one of the same name."""
+    from sdxl_cli.evaluation.pairs import compared
+    from sdxl_cli.evaluation.pictures import open_pictures
+
+    if given["reference"] is None:
+        raise UsageError(f"{', '.join(metrics)} compare pairs of pictures: give --reference FOLDER")
+    others = open_pictures(given["reference"], pictures.framing)
+    return compared(pictures, others, networks, folder / "pairs", metrics=metrics, batch=given["batch_size"])
 
 
 def _texts(pictures: Pictures, prompts: Path | None) -> list[str]:

@@ -60,23 +60,20 @@ def command(
     from sdxl_cli.errors import UsageError
     from sdxl_cli.evaluation.networks import Networks
     from sdxl_cli.evaluation.pictures import open_pictures
-    from sdxl_cli.evaluation.reconstruction import (
-        METRICS,
-        POSTERIORS,
-        reconstructed,
-        reconstruction_scores,
-    )
+    from sdxl_cli.evaluation.reconstruction import METRICS, POSTERIORS, reconstructed, reconstruction_scores
     from sdxl_cli.evaluation.scores import TABLE_3, Row, parse_metrics, write_results
     from sdxl_cli.generation.device import pick_device, pick_vae_dtype
 
     wanted = parse_metrics(metrics, METRICS)
     if not size:
         raise UsageError("--size 0: autoencoders are measured on pictures of one size; give one")
-    autoencoders = [locate(name, "vae") for name in vae or [None]]
+    autoencoders = [locate(name, "vae") for name in vae] if vae else [locate(None, "vae")]
     networks = Networks(shared.network_flags(given), inception="rfid" in wanted, lpips="lpips" in wanted)
     found = open_pictures(pictures, shared.framing(size, filter_name), limit)
     folder = shared.place(output, "reconstruction", {**found.settings(), **networks.settings(), **given})
     console.note(f"{len(found)} of {found.found} pictures at {size} pixels; into {folder}")
+    precision = shared.choice(vae_dtype, "--vae-dtype", ("auto", "fp32", "bf16", "fp16"))
+    dtype = pick_vae_dtype(precision, pick_device(device))
     rows, warnings = [], []
     for files in autoencoders:
         console.note(f"autoencoder: {files.describe('--vae')}")
@@ -88,9 +85,7 @@ def command(
             metrics=wanted,
             batch=batch_size,
             posterior=shared.choice(posterior, "--posterior", POSTERIORS),
-            dtype=pick_vae_dtype(
-                shared.choice(vae_dtype, "--vae-dtype", ("auto", "fp32", "bf16", "fp16")), pick_device(device)
-            ),
+            dtype=dtype,
         )
         scores, said = reconstruction_scores(table, wanted)
         rows.append(Row(name=files.name, scores=tuple(scores)))
@@ -103,7 +98,6 @@ def command(
         "found": found.found,
         "posterior": posterior,
     }
-    unusable = found.unusable()
     content, path = write_results(
         folder,
         "eval reconstruction",
@@ -111,6 +105,6 @@ def command(
         settings=settings,
         warnings=warnings,
         paper=TABLE_3,
-        unusable=unusable,
+        unusable=found.unusable(),
     )
     shared.show(console, rows, warnings=warnings, paper=TABLE_3, path=path, content=content)

@@ -15,7 +15,7 @@ from sdxl_cli.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from sdxl_cli.evaluation.distribution import Drawing, Reference
-    from sdxl_cli.evaluation.networks import NetworkFlags, Networks
+    from sdxl_cli.evaluation.networks import NetworkFlags
     from sdxl_cli.evaluation.pictures import Framing
     from sdxl_cli.evaluation.scores import Paper, Row
 
@@ -200,23 +200,32 @@ def place(output: Path | None, kind: str, decides: Mapping[str, Any]) -> Path:
 
 
 def reference(
-    path: Path | None, networks: Networks, frame: Framing, folder: Path, *, batch: int, console: Console
-) -> tuple[Reference, list[str]]:
-    """What is compared with: statistics as they are, pictures after measuring them.
+    given: Mapping[str, Any], wanted: Sequence[str], frame: Framing, folder: Path, console: Console
+) -> tuple[Reference | None, list[str]]:
+    """What is compared with, where something is: statistics as they are, pictures after measuring them.
+
+    Returns:
+        None where no metric compares; and warnings.
 
     Raises:
-        UsageError: there is none, or it was measured otherwise.
+        UsageError: there is nothing to compare with, or it was measured otherwise.
     """
     from sdxl_cli.evaluation.distribution import STATISTICS, measured, read_statistics, reference_of
+    from sdxl_cli.evaluation.networks import Networks
     from sdxl_cli.evaluation.pictures import open_pictures
 
+    if not {"fid", "kid"} & set(wanted):
+        return None, []
+    path: Path | None = given["reference"]
     if path is None:
         raise UsageError("FID and KID compare with other pictures: give --reference PATH, or other --metrics")
-    settings = {"size": frame.size, "filter": frame.filter if frame.size else None, **networks.settings()}
+    networks = Networks(network_flags(given), inception=True)
     if path.suffix in STATISTICS:
-        return read_statistics(path, settings)
+        return read_statistics(path, {**frame.settings(), **networks.settings()})
     pictures = open_pictures(path, frame)
-    table = measured(pictures, networks, folder, batch=batch, description="reference")
+    table = measured(
+        pictures, networks, folder / "reference", batch=given["batch_size"], description="reference"
+    )
     tell_unusable(pictures.unusable(), console)
     return reference_of(table, {**pictures.settings(), **networks.settings()}), []
 

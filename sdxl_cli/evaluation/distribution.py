@@ -16,7 +16,7 @@ from sdxl_cli.checkpoint.tensor_file import TensorFile
 from sdxl_cli.checkpoint.write import save_tensors
 from sdxl_cli.errors import FileError, UsageError
 from sdxl_cli.evaluation.networks import Networks, scattered
-from sdxl_cli.evaluation.pictures import Pictures
+from sdxl_cli.evaluation.pictures import Pictures, Pixels
 from sdxl_cli.evaluation.scores import FEW, Score, mean_score
 from sdxl_cli.evaluation.table import USED, Columns, Table
 from sdxl_cli.metrics.distances import (
@@ -33,8 +33,8 @@ from sdxl_cli.metrics.distances import (
 )
 from sdxl_cli.metrics.inception import FEATURES
 
-POOL, LOGITS, CLIP = "pool", "logits", "clip"
-"""Columns: Inception's features and logits, and CLIP's cosine times 100."""
+POOL, LOGITS, CLIP, CUT = "pool", "logits", "clip", "clip_cut"
+"""Columns: Inception's features and logits, CLIP's cosine times 100, and whether it read only the text's beginning."""
 STATISTICS = (".npz", ".safetensors")
 _NOTE = "sdxl.statistics"
 """Key of the settings in a file of statistics."""
@@ -96,13 +96,22 @@ def measured(
             columns |= {POOL: scattered(features, used), LOGITS: scattered(logits, used)}
         if texts is not None:
             mine = [texts[row] for row, pixels in zip(rows, loaded, strict=True) if pixels is not None]
-            scores = networks.clip.scores(usable, mine)[0] if usable else torch.zeros(0, dtype=torch.float64)
-            columns[CLIP] = scattered(scores, used)
+            columns |= {
+                name: scattered(part, used) for name, part in clip_columns(networks, usable, mine).items()
+            }
         return columns
 
     table.fill(compute, batch=batch, description=description)
     pictures.require_some(table.unusable())
     return table
+
+
+def clip_columns(networks: Networks, pictures: Sequence[Pixels], texts: Sequence[str]) -> Columns:
+    """What CLIP says of pictures and their texts; without pictures, nothing."""
+    if not pictures:
+        return {CLIP: torch.zeros(0, dtype=torch.float64), CUT: torch.zeros(0)}
+    scores, cut = networks.clip.scores(pictures, texts)
+    return {CLIP: scores, CUT: cut.float()}
 
 
 def reference_of(table: Table, settings: Mapping[str, Any]) -> Reference:
@@ -160,6 +169,8 @@ def scores_of(
             )
     if "clip" in metrics:
         scores.append(mean_score("CLIP score", table.column(CLIP), "higher", at_least=0.0))
+        if cut := int(table.column(CUT).sum()):
+            warnings.append(f"CLIP read only the beginning of {cut} texts, which are longer than it can read")
     return scores, warnings
 
 

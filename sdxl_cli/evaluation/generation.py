@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdxl_cli.evaluation.distribution import CLIP, LOGITS, POOL
+from sdxl_cli.evaluation.distribution import LOGITS, POOL, clip_columns
 from sdxl_cli.evaluation.networks import Networks
 from sdxl_cli.evaluation.pictures import Framing, Pixels
 from sdxl_cli.evaluation.table import USED, Columns, Table
@@ -82,16 +82,10 @@ def generated(
     settings = {
         **samples.settings(),
         **networks.settings(),
-        "size": framing.size,
-        "filter": framing.filter if framing.size else None,
+        **framing.settings(),
         "batch": batch,
         "models": models,
-        # where it runs is no part of what is asked for, and the prompts are said above
-        "request": {
-            name: value
-            for name, value in asdict(base).items()
-            if name not in ("prompt", "seed", "num_images", "batch_size", "device", "vram")
-        },
+        "request": _decides(base),
     }
     table = Table(folder, samples.count, settings)
 
@@ -99,9 +93,8 @@ def generated(
         path = folder / "pictures" / f"{number:06d}.png"
         if keep and path.is_file():
             return read_pixels(path)
-        pixels, texts = make(
-            samples.request(base, number), f"{folder.name}, picture {number + 1} of {samples.count}"
-        )
+        where = f"{folder.name}, picture {number + 1} of {samples.count}"
+        pixels, texts = make(samples.request(base, number), where)
         if keep:
             write_picture(path, pixels, texts)
         return pixels
@@ -113,8 +106,14 @@ def generated(
             framed = [framing.apply(Image.fromarray(pixels)) for pixels in pictures]
             columns[POOL], columns[LOGITS] = networks.features(framed)
         if networks.clip_files is not None:
-            columns[CLIP] = networks.clip.scores(pictures, [samples.prompt(number) for number in rows])[0]
+            columns |= clip_columns(networks, pictures, [samples.prompt(number) for number in rows])
         return columns
 
     table.fill(compute, batch=batch, description=f"generation, {folder.name}")
     return table
+
+
+def _decides(request: GenerateRequest) -> dict[str, Any]:
+    """Of a request what decides about the pictures, but for prompts and seeds, which have their own place."""
+    apart = ("prompt", "seed", "num_images", "batch_size", "device", "vram")
+    return {name: value for name, value in asdict(request).items() if name not in apart}

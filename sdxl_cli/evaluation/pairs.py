@@ -36,13 +36,7 @@ def compared(
     Raises:
         FileError: a picture has no partner or one of another size, or the folder was begun with other settings.
     """
-    partners = {_stem(item.path): number for number, item in enumerate(others.items)}
-    missing = [item.path for item in pictures.items if _stem(item.path) not in partners]
-    if missing:
-        raise FileError(
-            f"{others.source}: has no picture for {missing[0]} ({len(missing)} of {len(pictures)} lack one)"
-        )
-    numbers = [partners[_stem(item.path)] for item in pictures.items]
+    numbers = _partners(pictures, others)
     settings = {
         **pictures.settings(),
         **networks.settings(),
@@ -75,6 +69,17 @@ def compared(
     table.fill(compute, batch=batch, description="pairs")
     pictures.require_some(table.unusable())
     return table
+
+
+def _partners(pictures: Pictures, others: Pictures) -> list[int]:
+    """The number, among the others, of the picture with the same name."""
+    partners = {_stem(item.path): number for number, item in enumerate(others.items)}
+    missing = [item.path for item in pictures.items if _stem(item.path) not in partners]
+    if missing:
+        raise FileError(
+            f"{others.source}: has no picture for {missing[0]} ({len(missing)} of {len(pictures)} lack one)"
+        )
+    return [partners[_stem(item.path)] for item in pictures.items]
 
 
 def _stem(path: str) -> str:

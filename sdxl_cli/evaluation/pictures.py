@@ -40,6 +40,10 @@ class Framing:
     filter: Filter = "bicubic"
     """Of Pillow, which antialiases when it shrinks."""
 
+    def settings(self) -> dict[str, Any]:
+        """For the record."""
+        return {"size": self.size, "filter": self.filter if self.size else None}
+
     def apply(self, image: Image.Image) -> Pixels:
         """[H, W, 3], uint8."""
         if not self.size:
@@ -121,8 +125,7 @@ class Pictures:
         return {
             "pictures": str(self.source.resolve()),
             "names_sha256": hashlib.sha256(names.encode()).hexdigest(),
-            "size": self.framing.size,
-            "filter": self.framing.filter if self.framing.size else None,
+            **self.framing.settings(),
         }
 
 

@@ -57,19 +57,19 @@ class Clip:
         model: nn.Module,
         preprocess: Callable[[Image.Image], Tensor],
         see: Callable[[Tensor], Tensor],
-        read: Callable[[Sequence[str]], tuple[Tensor, int]],
+        read: Callable[[Sequence[str]], tuple[Tensor, list[bool]]],
     ) -> None:
-        """``see`` takes preprocessed pictures, ``read`` texts and counts those it had to cut; both give [B, D]."""
+        """``see`` takes preprocessed pictures, ``read`` texts and says which it had to cut; both give [B, D]."""
         self.model, self._preprocess, self._see, self._read = model, preprocess, see, read
 
     @torch.inference_mode()
-    def scores(self, pictures: Sequence[Pixels], texts: Sequence[str]) -> tuple[Tensor, int]:
-        """100 cos of every picture [H, W, 3], uint8, and its text: [B]; and how many texts were too long and cut."""
+    def scores(self, pictures: Sequence[Pixels], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """100 cos of every picture [H, W, 3], uint8, and its text: [B], float64; and which texts were cut."""
         device = next(self.model.parameters()).device
         inputs = torch.stack([self._preprocess(Image.fromarray(pixels)) for pixels in pictures]).to(device)
         described, cut = self._read(texts)
         cosines = nn.functional.cosine_similarity(self._see(inputs).double(), described.double(), dim=1)
-        return 100 * cosines.cpu(), cut
+        return 100 * cosines.cpu(), torch.tensor(cut)
 
 
 def find_clip(name: str | None, weights: Path | None) -> ClipFiles:
@@ -151,8 +151,8 @@ def _transformers(folder: Path, device: torch.device | str) -> Clip:
     def see(inputs: Tensor) -> Tensor:
         return model.visual_projection(model.vision_model(pixel_values=inputs).pooler_output)
 
-    def read(texts: Sequence[str]) -> tuple[Tensor, int]:
-        cut = sum(len(ids) > longest for ids in tokenizer(list(texts), verbose=False)["input_ids"])
+    def read(texts: Sequence[str]) -> tuple[Tensor, list[bool]]:
+        cut = [len(ids) > longest for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
         encoded = tokenizer(
             list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
         ).to(device)
@@ -205,10 +205,10 @@ def _open_clip(files: ClipFiles, device: torch.device | str) -> Clip:
         tokenizer = open_clip.get_tokenizer(where)
     model = model.eval()
 
-    def read(texts: Sequence[str]) -> tuple[Tensor, int]:
+    def read(texts: Sequence[str]) -> tuple[Tensor, list[bool]]:
         # one place more than there is room for shows which texts are too long
         ids = tokenizer(list(texts), context_length=model.context_length + 1)
-        cut = int((ids[:, -1] != 0).sum())
+        cut = (ids[:, -1] != 0).tolist()
         return model.encode_text(tokenizer(list(texts)).to(device)), cut
 
     return Clip(model, preprocess, model.encode_image, read)

@@ -104,6 +104,9 @@ def test_clip_score_of_captions(
     Path("texts.txt").write_text("".join(f"a picture of {number} cats\n" for number in range(3)))
     assert scores(run(*args, "-o", "b", "--prompts", "texts.txt"))["CLIP score"] == score
     assert score["pictures"] == 3
+    Path("long.txt").write_text("a cat\na dog\n" + 90 * "very " + "long\n")
+    content = run(*args, "-o", "c", "--prompts", "long.txt")
+    assert "CLIP read only the beginning of 1 texts" in content["warnings"][0]
     assert score["spread_is"].startswith("standard error")
     for more, says in (
         ((), "not every picture has a caption"),
