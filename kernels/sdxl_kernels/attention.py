@@ -33,6 +33,36 @@ def cuda_backends(q: Tensor, k: Tensor) -> list[SDPBackend]:
     return backends
 
 
+QUERIES = 512
+"""How many queries' scores are held at once."""
+FEW_TOKENS = 256
+"""Up to this many keys or queries, all heads together are one product."""
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the processor has matrix products in bf16 (AVX512_BF16, AMX); torch's fused kernel does not use them."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def attention_in_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same as :func:`attention`, as two matrix products around a softmax, for some queries at a time.
+
+    Arguments and result as there. Scores are rounded to the tensors' own precision.
+    """
+    batch, heads, queries, width = q.shape
+    keys = (k * width**-0.5).mT
+    if min(queries, k.shape[-2]) <= FEW_TOKENS:
+        return torch.softmax(q @ keys, dim=-1) @ v
+    out = torch.empty_like(q)
+    for row in range(batch):
+        for head in range(heads):
+            value = v[row, head].contiguous()
+            for start in range(0, queries, QUERIES):
+                some = slice(start, start + QUERIES)
+                out[row, head, some] = torch.softmax(q[row, head, some] @ keys[row, head], dim=-1) @ value
+    return out
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v.
 
@@ -49,6 +79,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.is_meta:  # as on a CPU; by itself torch would count the scores that no fused kernel ever holds
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
+    if (
+        q.dtype == torch.bfloat16
+        and not torch.is_grad_enabled()
+        and q.device.type == "cpu"
+        and cpu_multiplies_bf16()
+    ):
+        return attention_in_products(q, k, v)
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
     with sdpa_kernel(cuda_backends(q, k), set_priority=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,4 +19,6 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         [..., D].
     """
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
-    return value * F.gelu(gate)
+    if torch.is_grad_enabled():
+        return value * F.gelu(gate)
+    return F.gelu(gate).mul_(value)

@@ -282,6 +282,22 @@ VaeTiling = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+CudaGraphs = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graphs/--no-cuda-graphs",
+        help="On a GPU, record the first step of each size and replay it.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Let torch compile the U-Net's blocks: minutes at first, for a little at each step.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Winograd = Annotated[
     bool | None,
     typer.Option(

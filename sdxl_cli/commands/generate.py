@@ -136,6 +136,8 @@ def command(
     vram: flags.Vram = None,
     vae_tiling: flags.VaeTiling = None,
     winograd: flags.Winograd = None,
+    cuda_graphs: flags.CudaGraphs = None,
+    compile: flags.Compile = None,
     output: flags.Output = None,
     overwrite: flags.Overwrite = False,
     no_metadata: flags.NoMetadata = False,

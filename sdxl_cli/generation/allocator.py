@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 
-LARGEST = 256 << 20
+LARGEST = 512 << 20
 """Bytes. Blocks up to this size are kept for the next one; larger ones go back to the system at once."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of mallopt(3)."""
@@ -14,9 +14,9 @@ _ENVIRONMENT = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNAB
 
 
 def reuse_large_blocks() -> bool:
-    """Let freed blocks of up to 256 MiB be used again instead of being fetched from the system, and cleared, anew.
+    """Let freed blocks of up to 512 MiB be used again instead of being fetched from the system, and cleared, anew.
 
-    What the system gives is cleared page by page: a transformed convolution kernel of 200 MB costs more than it
+    What the system gives is cleared page by page: a transformed convolution kernel of 240 MB costs more than it
     saves. Does nothing outside glibc, and nothing when the environment has settings of its own.
 
     Returns:

@@ -61,7 +61,7 @@ def pick_dtype(name: Precision, device: torch.device) -> torch.dtype:
 
 
 def pick_vae_dtype(name: Precision, device: torch.device) -> torch.dtype:
-    """The precision of the autoencoder: fp32 unless asked, as the original runs it.
+    """The precision of the autoencoder: fp32 unless asked, as the original runs it; on a GPU bf16 where it has that.
 
     The released one overflows in fp16, which is therefore never chosen by itself.
 
@@ -70,7 +70,10 @@ def pick_vae_dtype(name: Precision, device: torch.device) -> torch.dtype:
     """
     if name == "fp16" and device.type == "cpu":
         raise UsageError("--vae-dtype fp16: CPUs do not compute in it; use --vae-dtype fp32")
-    return DTYPES["fp32" if name == "auto" else name]
+    if name != "auto":
+        return DTYPES[name]
+    quick = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if quick else torch.float32
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -109,7 +109,7 @@ def _scaled(micro: MicroConditioning, factor: float) -> MicroConditioning:
 
 def _network(weights: Weights, seen: Tensor | None) -> Network:
     """The U-Net as the denoiser calls it: with latents alone."""
-    unet = Remembering(weights.unet())
+    unet = Remembering(weights.unet(), weights.recorded)
     if seen is None or weights.config.unet.in_channels == weights.config.vae.z_channels:
         return unet
     beside = seen

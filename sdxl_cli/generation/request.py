@@ -161,6 +161,10 @@ class SamplingRequest:
     """Decode and encode in overlapping tiles from the start; they come by themselves when memory runs out."""
     winograd: bool = True
     """On a CPU, convolutions with fewer multiplications where that is faster: exact algebra, rounded otherwise."""
+    cuda_graphs: bool = True
+    """On a GPU, record the first step of each shape and replay it."""
+    compile: bool = False
+    """Let torch compile the blocks of the U-Net: minutes before the first step, for a little at each."""
 
     def __post_init__(self) -> None:
         self._take_lora_tags()

@@ -50,6 +50,8 @@ def open_weights(
             stays=vram == "high",
             streams=vram == "low",
             winograd=request.winograd,
+            cuda_graphs=request.cuda_graphs,
+            compiles=request.compile,
             report=report,
         )
         for files in models

@@ -13,8 +13,10 @@ from sdxl_cli.checkpoint.lora import LoraMerge, WornLora
 from sdxl_cli.checkpoint.read import load_model, stored_dtype
 from sdxl_cli.diffusion.formulation import Formulation
 from sdxl_cli.generation.allocator import give_back
+from sdxl_cli.generation.device import cpu_has_bf16
 from sdxl_cli.generation.metadata import LoraRecord, ModelRecord
 from sdxl_cli.generation.observe import stage
+from sdxl_cli.generation.remember import RecordedSteps
 from sdxl_cli.generation.streaming import stream
 from sdxl_cli.model.conditioning import Conditioner
 from sdxl_cli.model.config import ModelConfig, Part
@@ -40,6 +42,8 @@ class Weights(Protocol):
     """Whether of the U-Net one block is loaded at a time."""
     winograd: bool
     """Whether a CPU may compute convolutions with fewer multiplications."""
+    recorded: RecordedSteps | None
+    """Replays the steps of the U-Net that :meth:`unet` gave last, where that is faster."""
     loras: Sequence[WornLora]
     """What changes the weights, in order."""
 
@@ -81,18 +85,23 @@ class FileWeights:
         stays: bool = False,
         streams: bool = False,
         winograd: bool = True,
+        cuda_graphs: bool = True,
+        compiles: bool = False,
         report: object = None,
     ) -> None:
         """``report``, when it is an observer, sees how long reading takes.
 
         Two flags say what is in memory: with ``stays`` every part, once loaded; with ``streams`` of the U-Net one
-        block, while it is computed.
+        block, while it is computed. Three say how it is computed: ``winograd``, on a CPU, with fewer
+        multiplications; ``cuda_graphs``, on a GPU, recorded and replayed; ``compiles``, by torch's compiler.
         """
         self._report = report
         self.files, self.config = files, files.config
         self.formulation = Formulation(files.prediction, files.identity.zero_terminal_snr)
         self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
         self.stays, self.streams, self.winograd = stays, streams, winograd
+        self.cuda_graphs, self.compiles = cuda_graphs, compiles
+        self.recorded: RecordedSteps | None = None
         self.known_token_ids: frozenset[int] | None = None
         self.loras: Sequence[WornLora] = ()
         self._loaded: dict[Part, SDXL] = {}
@@ -100,6 +109,7 @@ class FileWeights:
     def wear(self, loras: Sequence[WornLora]) -> None:
         """Change the weights by these LoRAs, and by no others, from the next time a part is asked for."""
         self._loaded = {part: model for part, model in self._loaded.items() if part == "vae"}
+        self.recorded = None
         self.loras = tuple(loras)
 
     def text(self) -> Conditioner:
@@ -110,7 +120,19 @@ class FileWeights:
 
     def unet(self) -> UNet:
         """The denoising network."""
+        if "unet" not in self._loaded:
+            self._set_up(self._part("unet").unet)
         return self._part("unet").unet
+
+    def _set_up(self, unet: UNet) -> None:
+        """Choose how a U-Net that was just read is computed."""
+        # bf16 has no Winograd tile worth its rounding where the processor does not compute in it
+        native = self.dtype != torch.bfloat16 or cpu_has_bf16()
+        unet.compute_fast(self.winograd and self.device.type == "cpu" and native)
+        if self.compiles:
+            unet.compile_blocks()
+        if self.cuda_graphs and self.device.type == "cuda" and not self.streams:
+            self.recorded = RecordedSteps(unet)
 
     def vae(self) -> Autoencoder:
         """The autoencoder."""
@@ -126,6 +148,7 @@ class FileWeights:
         if not self._loaded:
             return
         self._loaded.clear()
+        self.recorded = None
         gc.collect()
         give_back()
         if self.device.type == "cuda":
@@ -171,6 +194,7 @@ class LoadedWeights:
     stays = True
     streams = False
     winograd = True
+    recorded = None
     loras: Sequence[WornLora] = ()
 
     def __init__(self, model: SDXL, name: str, *, formulation: Formulation | None = None) -> None:

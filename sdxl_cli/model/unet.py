@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
+from sdxl_kernels import strips
 from sdxl_kernels.attention import attention
 from sdxl_kernels.convolution import downsample_conv, upsample_conv
 from sdxl_kernels.feedforward import geglu
@@ -39,6 +40,8 @@ class ResBlock(nn.Module):
             nn.Dropout(0.0),  # keeps the released names: the convolution is out_layers.3
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
+        self.fast = False
+        """Whether convolutions may be computed by Winograd's algorithm; for inference on a CPU."""
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -47,10 +50,18 @@ class ResBlock(nn.Module):
 
         Up to where the embedding comes in, what k rows have in common is computed once.
         """
+        if self.fast:
+            return self._channels_last(x, emb)
         hidden = self.in_layers[2](_norm_silu(self.in_layers[0], x))
         hidden = _rows(hidden, len(emb)) + self.emb_layers[1](emb)[:, :, None, None]
         hidden = self.out_layers[3](_norm_silu(self.out_layers[0], hidden))
         return _rows(self.skip_connection(x), len(emb)) + hidden
+
+    def _channels_last(self, x: Tensor, emb: Tensor) -> Tensor:
+        hidden = _fast_conv(self.in_layers, x)
+        hidden = _rows(hidden, len(emb)).add_(self.emb_layers[1](emb)[:, None, None, :])
+        hidden = _fast_conv(self.out_layers, rearrange(hidden, "b h w c -> b c h w"))
+        return rearrange(hidden, "b h w c -> b c h w").add_(_rows(self.skip_connection(x), len(emb)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +208,16 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
+        self.fast = False
+        """As of :class:`ResBlock`."""
+
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """[B, C, H, W] -> [B, C, *size], where each of ``size`` is twice H or W, or one less."""
+        if self.fast and size == (2 * x.shape[2], 2 * x.shape[3]):
+            assert self.conv.bias is not None
+            pixels = rearrange(x, "b c h w -> b h w c").contiguous()
+            made = strips.upsample_conv(pixels, self.conv.weight, self.conv.bias, winograd=True)
+            return rearrange(made, "b h w c -> b c h w")
         return upsample_conv(x, self.conv.weight, self.conv.bias, size)
 
 
@@ -207,6 +226,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
+        self.fast = False
         self.config = config
         width, emb = config.model_channels, 4 * config.model_channels
         self.time_embed = _mlp(width, emb)
@@ -267,7 +287,22 @@ class UNet(nn.Module):
         """
         return self._evaluate(x, timesteps, prepared, prepared.label)
 
+    def compute_fast(self, fast: bool = True) -> None:
+        """Let convolutions be computed with fewer multiplications, channels last in memory; for inference on a CPU."""
+        self.fast = fast
+        for module in self.modules():
+            if isinstance(module, ResBlock | Upsample):
+                module.fast = fast
+
+    def compile_blocks(self) -> None:
+        """Let torch compile the blocks, each kind once per shape, at their first call."""
+        for module in self.modules():
+            if isinstance(module, ResBlock | Attention | FeedForward):
+                module.compile()
+
     def _evaluate(self, x: Tensor, timesteps: Tensor, context: Context, label: Tensor) -> Tensor:
+        if self.fast:
+            x = x.contiguous(memory_format=torch.channels_last)  # tokens are then the same memory as pixels
         features = sinusoidal(timesteps, self.config.model_channels).to(x.dtype)
         # every residual block activates the embedding first: once is enough
         emb = nn.functional.silu(self.time_embed(features) + label)
@@ -280,7 +315,7 @@ class UNet(nn.Module):
             joined = torch.cat([x, _rows(skips.pop(), len(x))], dim=1)
             height, width = (skips[-1] if skips else x).shape[2:]
             x = _run(block, joined, emb, context, (height, width))
-        return self.out[2](_norm_silu(self.out[0], x))
+        return self.out[2](_norm_silu(self.out[0], x)).contiguous()
 
 
 SILU_GAIN = 1.68
@@ -332,6 +367,18 @@ def _run(
             case _:
                 x = layer(x)
     return x
+
+
+def _fast_conv(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Norm, SiLU and the last layer, a convolution: [B, C, H, W] -> [B, H, W, D]."""
+    norm, conv = layers[0], layers[-1]
+    assert isinstance(norm, nn.GroupNorm)
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    first = strips.Norm(norm.num_groups, norm.weight, norm.bias, norm.eps)
+    # no copy, but for the first: everything else comes channels last already
+    pixels = rearrange(x, "b c h w -> b h w c").contiguous()
+    return strips.conv3x3(pixels, conv.weight, conv.bias, norm=first, winograd=True)
 
 
 def _rows(x: Tensor, count: int) -> Tensor:

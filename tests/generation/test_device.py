@@ -41,9 +41,12 @@ def test_auto_is_what_the_device_computes_in(monkeypatch: pytest.MonkeyPatch) ->
     assert pick_dtype("fp16", CUDA) == torch.float16
 
 
-def test_the_autoencoder_never_runs_in_fp16_unless_asked() -> None:
-    for device in (CPU, CUDA):
-        assert pick_vae_dtype("auto", device) == torch.float32
+def test_the_autoencoder_never_runs_in_fp16_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pick_vae_dtype("auto", CPU) == torch.float32
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **_: supported)
+        assert pick_vae_dtype("auto", CUDA) == dtype
+    assert pick_vae_dtype("fp32", CUDA) == torch.float32
     assert pick_vae_dtype("fp16", CUDA) == torch.float16
     with pytest.raises(UsageError, match="--vae-dtype fp32"):
         pick_vae_dtype("fp16", CPU)

@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
-from sdxl_kernels.attention import MATH_LIMIT, attention, cuda_backends
+from sdxl_kernels import attention as module
+from sdxl_kernels.attention import MATH_LIMIT, attention, attention_in_products, cuda_backends
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+
+from sdxl_cli.generation.memory import LiveBytes
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
@@ -51,6 +54,44 @@ def test_large_scores_do_not_overflow() -> None:
     out = attention(q, q, v)
     assert torch.isfinite(out).all()
     assert torch.allclose(out, formula(q, q, v), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("few", [0, 256])
+def test_in_products_it_is_the_same(name: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "QUERIES", 8)
+    monkeypatch.setattr(module, "FEW_TOKENS", few)
+    batch, heads, queries, keys, width = SHAPES[name]
+    q = torch.randn(batch, heads, queries, width, dtype=torch.float64)
+    k, v = (torch.randn(batch, heads, keys, width, dtype=torch.float64) for _ in range(2))
+    assert (attention_in_products(q, k, v) - formula(q, k, v)).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("dtype", "native", "products"),
+    [(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float32, True, False)],
+)
+def test_products_where_the_processor_has_them(
+    dtype: torch.dtype, native: bool, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 torch's fused kernel is slower there; while training it keeps less."""
+    asked: list[int] = []
+    monkeypatch.setattr(module, "cpu_multiplies_bf16", lambda: native)
+    monkeypatch.setattr(module, "attention_in_products", lambda q, k, v: asked.append(1) or q)
+    q = torch.randn(1, 1, 4, 8).to(dtype)
+    attention(q, q, q)
+    assert not asked
+    with torch.no_grad():
+        attention(q, q, q)
+    assert bool(asked) is products
+
+
+def test_on_the_meta_device_no_scores_are_held() -> None:
+    """So that memory is estimated as it is: 16384² scores of the VAE would be 1 GiB."""
+    q = torch.empty(1, 1, 4096, 64, device="meta")
+    with LiveBytes() as seen, torch.no_grad():
+        attention(q, q, q)
+    assert seen.peak < 4 * q.nbytes
 
 
 def test_gradients() -> None:

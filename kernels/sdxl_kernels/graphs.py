@@ -1,0 +1,95 @@
+"""A computation recorded once and replayed: on a GPU, thousands of launches become one."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST = 8
+"""Recordings that are kept; the one unused for longest goes first. Pictures of eight shapes can take turns."""
+WARM_UPS = 2
+"""Runs before a recording, in which libraries choose their kernels and take their workspaces."""
+
+Work = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""From what changes with every call, and what stays for many, to a result. It must not make the host wait."""
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+"""Runs something; gives what runs it again, on the same memory, and where its result will then be."""
+
+
+@dataclass(slots=True)
+class _Recording:
+    changing: list[Tensor]
+    kept: list[Tensor]
+    replay: Callable[[], None]
+    result: Tensor
+    holds: object = None
+    """Whose values ``kept`` has."""
+
+
+class Graphs:
+    """Recordings of one computation, by the shapes of what goes in."""
+
+    def __init__(self, work: Work, record: Record, most: int = MOST) -> None:
+        self._work, self._record, self._most = work, record, most
+        self._recordings: OrderedDict[Any, _Recording] = OrderedDict()
+
+    def __call__(self, changing: Sequence[Tensor], kept: Sequence[Tensor], whose: object) -> Tensor:
+        """The result, in memory of its own.
+
+        Args:
+            changing: copied to where the recording reads.
+            kept: likewise, but only when ``whose`` is another object than the last time.
+            whose: what ``kept`` belongs to.
+        """
+        key = tuple((x.shape, x.dtype, x.device) for x in (*changing, *kept))
+        recording = self._recordings.get(key)
+        if recording is None:
+            # before the new one, whose memory may be that of the old one
+            while len(self._recordings) >= self._most:
+                self._recordings.popitem(last=False)
+            recording = self._recordings[key] = self._recorded(changing, kept)
+        else:
+            _copy(changing, recording.changing)
+            if recording.holds is not whose:
+                _copy(kept, recording.kept)
+        recording.holds = whose
+        self._recordings.move_to_end(key)
+        recording.replay()
+        return recording.result.clone()
+
+    def _recorded(self, changing: Sequence[Tensor], kept: Sequence[Tensor]) -> _Recording:
+        ours, stay = [x.clone() for x in changing], [x.clone() for x in kept]
+        replay, result = self._record(lambda: self._work(ours, stay))
+        return _Recording(ours, stay, replay, result)
+
+
+class CudaRecorder:
+    """Records CUDA graphs, which share their memory: they are never replayed at the same time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """See :data:`Record`."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                work()
+        main.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = work()
+        return graph.replay, result
+
+
+def _copy(values: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+    for value, place in zip(values, places, strict=True):
+        place.copy_(value)

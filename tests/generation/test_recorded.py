@@ -1,0 +1,127 @@
+"""Steps that are recorded and replayed: which are, when, and that they give what they would give anyhow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from sdxl_kernels.graphs import Graphs
+from torch import Tensor
+
+from sdxl_cli.checkpoint.locate import locate
+from sdxl_cli.generation.remember import RecordedSteps, Remembering
+from sdxl_cli.generation.weights import FileWeights
+from sdxl_cli.model.unet import Prepared, UNet
+from tests.model.peers import BASE, randomize, relative
+
+
+class Tape:
+    """Records as a GPU does: a replay works on the memory of the recording, and nothing else."""
+
+    def __init__(self) -> None:
+        self.recordings = 0
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.recordings += 1
+        place = torch.full_like(work(), torch.nan)  # nothing is computed while recording
+
+        def replay() -> None:
+            place.copy_(work())
+
+        return replay, place
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet:
+    found = UNet(BASE.unet)
+    randomize(found)
+    return found.requires_grad_(False)
+
+
+def conditions(rows: int = 2) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 7, BASE.unet.context_dim), torch.randn(rows, BASE.unet.adm_in_channels)
+
+
+def test_a_replayed_step_is_the_step(unet: UNet) -> None:
+    tape = Tape()
+    plain, recorded = Remembering(unet), Remembering(unet, RecordedSteps(unet, tape))
+    prompts = [conditions(), conditions()]
+    for text, vector in (*prompts, *reversed(prompts)):
+        for index in (999, 500, 3):
+            x, t = torch.randn(1, 4, 8, 8), torch.full((2,), index)
+            assert torch.equal(recorded(x, t, text, vector), plain(x, t, text, vector))
+    assert tape.recordings == 1, "another prompt and another time are no other shape"
+
+
+def test_shapes_and_texts_of_zeros_have_recordings_of_their_own(unet: UNet) -> None:
+    tape = Tape()
+    plain, recorded = Remembering(unet), Remembering(unet, RecordedSteps(unet, tape))
+    text, vector = conditions()
+    bare = text.clone()
+    bare[0] = 0.0
+    for _ in range(2):
+        for size in ((8, 8), (6, 10)):
+            for features in (text, bare):
+                x, t = torch.randn(1, 4, *size), torch.full((2,), 7)
+                assert torch.equal(recorded(x, t, features, vector), plain(x, t, features, vector))
+    assert tape.recordings == 4
+
+
+def test_results_stay_as_they_are() -> None:
+    graphs = Graphs(lambda changing, kept: changing[0] + kept[0], Tape())
+    prompt = object()
+    first = graphs([torch.ones(2)], [torch.ones(2)], prompt)
+    second = graphs([torch.full((2,), 5.0)], [torch.zeros(2)], prompt)
+    third = graphs([torch.full((2,), 5.0)], [torch.zeros(2)], object())
+    assert (first[0], second[0], third[0]) == (2.0, 6.0, 5.0), (
+        "kept values are read when whose they are changes"
+    )
+
+
+def test_the_one_unused_for_longest_goes() -> None:
+    tape = Tape()
+    graphs = Graphs(lambda changing, kept: changing[0] * 2, tape, most=2)
+    for size in (1, 2, 1, 3, 1):
+        assert torch.equal(graphs([torch.ones(size)], [], None), torch.full((size,), 2.0))
+    assert tape.recordings == 3
+    graphs([torch.ones(2)], [], None)
+    assert tape.recordings == 4
+
+
+def test_a_computer_without_a_gpu_records_nothing(models: dict[str, Path]) -> None:
+    weights = FileWeights(
+        locate(str(models["base"])), device=torch.device("cpu"), dtype=torch.float32, vae_dtype=torch.float32
+    )
+    unet = weights.unet()
+    assert weights.recorded is None
+    assert unet.fast
+
+
+def test_who_asks_for_no_winograd_gets_none(models: dict[str, Path]) -> None:
+    files = locate(str(models["base"]))
+    kinds = {"device": torch.device("cpu"), "dtype": torch.float32, "vae_dtype": torch.float32}
+    assert not FileWeights(files, winograd=False, **kinds).unet().fast  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(16, 24), (20, 18)])
+def test_fast_convolutions_change_nothing_but_rounding(unet: UNet, size: tuple[int, int]) -> None:
+    text, vector = conditions()
+    prepared: Prepared = unet.prepare(text, vector)
+    x, t = torch.randn(1, 4, *size), torch.tensor([700, 700])
+    expected = unet.step(x, t, prepared)
+    try:
+        unet.compute_fast()
+        made = unet.step(x, t, prepared)
+    finally:
+        unet.compute_fast(False)
+    assert made.is_contiguous()
+    assert not torch.equal(made, expected), "another way was taken"
+    assert relative(made, expected) < 1e-5
