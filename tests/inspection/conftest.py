@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_cli import console as consoles
 from sdxl_cli.checkpoint.write import save_tensors, save_vae
 from sdxl_cli.model.config import VAEConfig
 from sdxl_cli.model.vae import Autoencoder
@@ -53,6 +54,8 @@ def latents(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(autouse=True)
 def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests write into their own folder, and say what they have to say, whatever ran before them."""
+    consoles.configure()
     monkeypatch.chdir(tmp_path)
     for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))

@@ -24,13 +24,6 @@ from sdxl_cli.training.losses import add_noise
 QUICK = ["--model", "bundled", "--steps", "2", "-q", "--json"]
 
 
-@pytest.fixture(autouse=True)
-def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE"):
-        monkeypatch.setenv(name, str(tmp_path / "cache"))
-
-
 def study(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
     assert cli.run(["study", *QUICK, *args]) == 0
     return json.loads(capsys.readouterr().out)
