@@ -28,6 +28,7 @@ COMMANDS: dict[str, list[str]] = {
     "cache-dataset": ["data.parquet", "-o", "cache", "--model", "bundled"],
     "inspect-latents": ["pictures", "--vae", "bundled"],
     "study": ["size", "-p", "a cup", "--values", "64x64", "--model", "bundled", "--steps", "1"],
+    "eval": ["reconstruction", "pictures", "--vae", "bundled", "--metrics", "psnr,ssim", "-o", "quality"],
     "train-vae": [
         "-d",
         "data.parquet",
@@ -40,6 +41,18 @@ COMMANDS: dict[str, list[str]] = {
         "crop_weights=[1]",
     ],
     "train-unet": ["-d", "data.parquet", "-o", "unet", *TRAINING, *AS_BUNDLED, "--init", "bundled"],
+    "train-embedding": [
+        "-d",
+        "data.parquet",
+        "-o",
+        "word",
+        "--word",
+        "xcup",
+        "--model",
+        "bundled",
+        "--max-steps",
+        "1",
+    ],
     "convert": ["bundled", "folder"],
     "inspect-checkpoint": ["folder"],
 }
