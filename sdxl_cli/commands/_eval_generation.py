@@ -114,6 +114,7 @@ def command(
     given = dict(locals())
     console = consoles.configure(quiet=quiet, json=as_json)
 
+    from sdxl_cli.evaluation.curve import draw, points
     from sdxl_cli.evaluation.distribution import scores_of
     from sdxl_cli.evaluation.generation import Samples, generated
     from sdxl_cli.evaluation.networks import Networks
@@ -162,6 +163,9 @@ def command(
         folder, "eval generation", rows, settings=settings, warnings=warnings, paper=TABLE_2
     )
     shared.show(console, rows, warnings=warnings, paper=TABLE_2, path=path, content=content)
+    if curve := points(rows):
+        draw(path.with_suffix(".png"), *curve)
+        console.print_result(str(path.with_suffix(".png")))
 
 
 def _request(given: dict[str, Any], prompt: str) -> GenerateRequest:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from sdxl_cli import cli
+from sdxl_cli.evaluation.curve import points
 from sdxl_cli.evaluation.pictures import read_prompts
+from sdxl_cli.evaluation.scores import Row, Score
 from sdxl_cli.generation import pipeline
 from tests.evaluation.conftest import scores
 
@@ -54,6 +57,7 @@ def test_a_curve_over_guidance_scales_and_the_same_numbers_from_the_saved_pictur
     for metric in ("KID", "IS"):
         assert found[metric]["value"] == pytest.approx(scores(again)[metric]["value"], rel=1e-6)
     assert scores(content, 0)["KID"]["value"] != scores(content, 1)["KID"]["value"]
+    assert Image.open("a/results.png").size == (1280, 880)
     assert content["settings"]["seed"] == 7
     assert content["settings"]["samples"] == 4
     assert list(content["settings"]["models"]) == ["base"]
@@ -160,3 +164,23 @@ def test_prompts_that_cannot_be_read(own_place: Path, capsys: pytest.CaptureFixt
     ):
         with pytest.raises(Exception, match=says):
             read_prompts(Path(name))
+
+
+def test_the_curve_has_a_point_for_every_scale_that_has_both_numbers() -> None:
+    def row(name: str, **values: float) -> Row:
+        made = [
+            Score(metric=metric.replace("_", " "), value=value, better="") for metric, value in values.items()
+        ]
+        return Row(name=name, scores=tuple(made))
+
+    rows = [
+        row("cfg 1", FID=30.0, CLIP_score=20.0),
+        row("cfg 2", FID=20.0, CLIP_score=25.0),
+        row("cfg 3", FID=1.0),
+    ]
+    found = points(rows)
+    assert found is not None
+    assert found[0] == "FID"
+    assert [(point.x, point.y) for point in found[1]] == [(20.0, 30.0), (25.0, 20.0)]
+    assert points(rows[:1]) is None
+    assert points([row("cfg 1", KID=0.1), row("cfg 2", KID=0.2)]) is None
