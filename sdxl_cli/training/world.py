@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,7 +125,10 @@ def world_of(config: LoopConfig) -> Iterator[World]:
         torch.cuda.set_device(world.local_rank)
     joins = not dist.is_initialized()  # a program that joined them itself goes on with them
     if joins:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        dist.init_process_group(
+            backend, store=fresh(store, rank, size), rank=rank, world_size=size, timeout=PATIENCE
+        )
     console().muted = not world.leads
     try:
         yield world
@@ -131,6 +136,31 @@ def world_of(config: LoopConfig) -> Iterator[World]:
         console().muted = False
         if joins:
             dist.destroy_process_group()
+
+
+def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """The store where processes meet, under a name that this start of theirs alone has.
+
+    torchrun's store outlives its processes: those that are started in the place of dead ones would find the dead ones'
+    addresses in it. Rank 0 thinks of a name and hears from everybody; whoever took an old name for it is not answered,
+    and looks again.
+    """
+    if rank == 0:
+        name = secrets.token_hex(8)
+        store.set("sdxl/name", name)
+        for other in range(1, size):
+            token = store.get(f"sdxl/{name}/{other}").decode()
+            store.set(f"sdxl/{name}/{other}/{token}", "welcome")
+        return dist.PrefixStore(name, store)
+    token = secrets.token_hex(8)
+    while True:
+        name = store.get("sdxl/name").decode()
+        store.set(f"sdxl/{name}/{rank}", token)
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            if store.check([f"sdxl/{name}/{rank}/{token}"]):
+                return dist.PrefixStore(name, store)
+            time.sleep(0.02)
 
 
 def _started() -> World:
