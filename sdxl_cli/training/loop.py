@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_cli.checkpoint.atomic import atomic_write
+from sdxl_cli.checkpoint.stream import require_room
 from sdxl_cli.console import get as console
 from sdxl_cli.errors import FileError, Interrupted, NumericError
 from sdxl_cli.training.config import LoopConfig
@@ -25,8 +26,8 @@ from sdxl_cli.training.parallel import parallel
 from sdxl_cli.training.rates import learning_rate
 from sdxl_cli.training.session import Session
 from sdxl_cli.training.shards import gathered, whole
-from sdxl_cli.training.snapshot import numbers, restore, snapshot
-from sdxl_cli.training.state import find_state, save_state
+from sdxl_cli.training.snapshot import least_size, numbers, restore, snapshot
+from sdxl_cli.training.state import STATES, find_state, save_state
 from sdxl_cli.training.trackers import trackers
 from sdxl_cli.training.turns import Player, Task, turns_of
 
@@ -161,6 +162,7 @@ class Run:
         if not done:
             # of whoever draws beside the loop, as dropout does: other numbers in every process
             torch.manual_seed(self.config.seed + 1_000_003 * self.world.rank)
+        self.world.by_lead(lambda: require_room(self.folder / STATES, least_size(self.players)))
         if self.world.leads:
             self.log.sinks = trackers(self.config.log_to, self.folder, done, self.record)
         with console().bar("training", total=total) as bar, _stop_signals() as stop, self.log:

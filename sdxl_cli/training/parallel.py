@@ -22,7 +22,7 @@ from sdxl_cli.training.world import World
 
 T = TypeVar("T")
 
-UNITS = ("TransformerBlock", "ResBlock", "CLIPEncoderLayer", "ResidualAttentionBlock", "Level")
+UNITS = ("TransformerBlock", "ResBlock", "CLIPEncoderLayer", "ResidualAttentionBlock")
 """Classes of modules that are called as a whole: their weights come together for that long only."""
 SHARDED_OPTIMIZERS = ("adamw",)
 """Those whose step looks at one weight at a time. Prodigy adds up over all, Adafactor over rows and columns, and

@@ -29,6 +29,21 @@ def snapshot(players: Sequence[Player], world: World = ALONE) -> dict[str, Tenso
     return tensors
 
 
+MOMENTS = {"adamw": 2.0, "prodigy": 2.0, "adamw8bit": 0.5}
+"""What optimizers keep at least, in units of the weights."""
+
+
+def least_size(players: Sequence[Player]) -> int:
+    """Bytes that a snapshot will have, as far as is known before the first step."""
+    return sum(
+        int(
+            p.numel() * p.element_size() * (1 + (player.ema is not None) + MOMENTS.get(player.config.name, 0))
+        )
+        for player in players
+        for p in player.parameters.values()
+    )
+
+
 @torch.no_grad()
 def restore(state: State, players: Sequence[Player], world: World = ALONE) -> None:
     """Put a snapshot and the :func:`numbers` that go with it back.

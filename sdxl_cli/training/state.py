@@ -24,7 +24,7 @@ from sdxl_cli.errors import FileError, SdxlError
 from sdxl_cli.training.storage import StateReader, StateWriter, check_file, read_index
 from sdxl_cli.training.world import ALONE, World
 
-FOLDER = "state"
+STATES = "state"
 """In a run's folder: ``step-00000500`` and the like, each with ``state.json`` and files of tensors."""
 INDEX_ROOM = 1 << 20
 """Bytes counted for the index and headers."""
@@ -44,7 +44,7 @@ class State:
 
 def states(folder: Path) -> list[Path]:
     """The states of a run, the newest first; whether they are good is not looked at."""
-    found = (folder / FOLDER).iterdir() if (folder / FOLDER).is_dir() else iter(())
+    found = (folder / STATES).iterdir() if (folder / STATES).is_dir() else iter(())
     return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_step, reverse=True)
 
 
@@ -73,7 +73,7 @@ def save_state(
         SdxlError: the disk is full; nothing was changed.
         FileError: the folder cannot be written.
     """
-    path = folder / FOLDER / f"step-{step:08d}"
+    path = folder / STATES / f"step-{step:08d}"
     unfinished = path.with_name(f".{path.name}.partial")
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + INDEX_ROOM
     world.by_lead(lambda: _begin(path, unfinished, size))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_cli.data.manifest import DatasetConfig, Row
+from sdxl_cli.data.manifest import DatasetConfig, Remainder, Row
 from sdxl_cli.data.sampler import BucketSampler, SamplerState, choose_caption
 from tests.data.pictures import TINY, make_manifest
 
@@ -93,3 +93,33 @@ def test_captions_are_chosen_by_seed_epoch_and_picture() -> None:
 def test_real_rows(pictures: Path) -> None:
     manifest = make_manifest(pictures, DatasetConfig(buckets=TINY))
     assert BucketSampler(manifest.kept, 3).pictures == 13
+
+
+@pytest.mark.parametrize("remainder", ["short", "pad", "drop"])
+@pytest.mark.parametrize(("processes", "parts"), [(1, 1), (2, 1), (1, 2), (3, 1), (1, 5), (3, 2), (7, 1)])
+def test_another_number_of_processes_deals_the_same_batches_out(
+    processes: int, parts: int, remainder: Remainder
+) -> None:
+    """Every picture is in one hand, at its own place, and counts in the mean over hands what it counts alone."""
+    data = rows(MANY)
+    whole = BucketSampler(data, 6, seed=1, remainder=remainder)
+    hands = [
+        BucketSampler(
+            data, 2, seed=1, rank=r, world_size=processes, together=6, parts=parts, remainder=remainder
+        )
+        for r in range(processes)
+    ]
+    assert {hand.batches_per_epoch for hand in hands} == {whole.batches_per_epoch * parts}
+    for step in range(2 * whole.batches_per_epoch):
+        alone = whole.at(step)
+        count = Counter[tuple[int, int]]()
+        for hand in hands:
+            for batch in (hand.at(step * parts + part) for part in range(parts)):
+                assert batch.bucket == alone.bucket
+                for index, place, weight in zip(batch.indices, batch.places, batch.weights, strict=True):
+                    count[index, place] += weight / len(batch.indices) / (processes * parts)
+        expected = {
+            (index, place): weight / len(alone.indices)
+            for index, place, weight in zip(alone.indices, alone.places, alone.weights, strict=True)
+        }
+        assert {key: value for key, value in count.items() if value} == pytest.approx(expected)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from sdxl_cli.errors import FileError, SdxlError
+from sdxl_cli.training.config import LoopConfig
+from sdxl_cli.training.loop import Run
 from sdxl_cli.training.state import find_state, load_state, save_state, states
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +120,25 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000005"]
     assert_is(tmp_path, 5)
+
+
+def test_a_run_that_could_not_be_saved_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk has room for less than weights, moments and averages of a thousand numbers."""
+
+    class Task:
+        module = torch.nn.Linear(999, 1)
+
+        def step(self, index: int, generator: torch.Generator) -> Any:
+            raise AssertionError("no step is made")
+
+        def describe(self, index: int, generator: torch.Generator) -> Any: ...
+
+    free = shutil.disk_usage(tmp_path)._replace(free=15_999)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(SdxlError, match=r"state needs 16.* k.*the disk has .* free; make room"):
+        Run(Task(), LoopConfig(ema_decay=0.9), tmp_path, {}).train()
 
 
 def test_a_write_that_fails_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
