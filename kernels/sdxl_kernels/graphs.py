@@ -78,7 +78,7 @@ class CudaRecorder:
         """See :data:`Record`."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):

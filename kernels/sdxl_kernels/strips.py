@@ -147,7 +147,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, *, winograd: bool = F
         whole = -(-(count + 1) // step) * step
         made = conv(strip[:, : whole + 1].contiguous() if fast else strip[:, : count + 2])
         made = made.reshape(batch, -1, across, 4 * channels)
-        for index, part in enumerate(made.split(channels, dim=-1)):
+        for index, part in enumerate(torch.split(made, channels, dim=-1)):
             down, right = divmod(index, 2)
             place = out[:, 2 * start + down : 2 * (start + count) : 2, right::2]
             place.copy_(part[:, down : down + count, right : right + width])

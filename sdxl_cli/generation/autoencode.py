@@ -7,12 +7,11 @@ from einops import rearrange
 from torch import Tensor
 
 from sdxl_cli.generation.checks import require_finite
-from sdxl_cli.generation.device import cpu_has_bf16
 from sdxl_cli.generation.memory import decoding_bytes
 from sdxl_cli.generation.picture import Pixels
 from sdxl_cli.generation.residency import free_bytes
 from sdxl_cli.generation.tiling import decoded_in_tiles, encoded_in_tiles
-from sdxl_cli.generation.weights import Weights
+from sdxl_cli.generation.weights import Weights, convolves_fast
 from sdxl_cli.model import vae_strips
 from sdxl_cli.model.vae import Moments
 
@@ -34,7 +33,9 @@ def encode(image: Tensor, weights: Weights, *, tile: int | None = None) -> Momen
     def both(part: Tensor) -> Tensor:
         pixels = part.to(weights.device, weights.vae_dtype)
         moments = (
-            vae_strips.encode(vae, pixels, winograd=_winograd(weights)) if strips else vae.encode(pixels)
+            vae_strips.encode(vae, pixels, winograd=convolves_fast(weights, weights.vae_dtype))
+            if strips
+            else vae.encode(pixels)
         )
         return torch.cat([moments.mean, moments.logvar], dim=1)
 
@@ -65,7 +66,11 @@ def decoded(latent: Tensor, weights: Weights, *, tile: int | None = None) -> Ten
     strips = in_strips(weights, (z.shape[2] * factor, z.shape[3] * factor))
 
     def pixels_of(part: Tensor) -> Tensor:
-        return vae_strips.decode(vae, part, winograd=_winograd(weights)) if strips else vae.decode(part)
+        return (
+            vae_strips.decode(vae, part, winograd=convolves_fast(weights, weights.vae_dtype))
+            if strips
+            else vae.decode(part)
+        )
 
     image = pixels_of(z) if tile is None else decoded_in_tiles(pixels_of, z, factor=factor, tile=tile)
     image = image.float()
@@ -82,12 +87,6 @@ def in_strips(weights: Weights, size: tuple[int, int]) -> bool:
         return True
     free = free_bytes(weights.device)
     return free is not None and decoding_bytes(weights.config, size, weights.vae_dtype, strips=False) > free
-
-
-def _winograd(weights: Weights) -> bool:
-    # bf16 has too few digits for it to be worth anything where a processor does not compute in it
-    native = weights.vae_dtype != torch.bfloat16 or cpu_has_bf16()
-    return weights.winograd and weights.device.type == "cpu" and native
 
 
 def to_image(pixels: Pixels) -> Tensor:

@@ -126,9 +126,7 @@ class FileWeights:
 
     def _set_up(self, unet: UNet) -> None:
         """Choose how a U-Net that was just read is computed."""
-        # bf16 has no Winograd tile worth its rounding where the processor does not compute in it
-        native = self.dtype != torch.bfloat16 or cpu_has_bf16()
-        unet.compute_fast(self.winograd and self.device.type == "cpu" and native)
+        unet.compute_fast(convolves_fast(self, self.dtype))
         if self.compiles:
             unet.compile_blocks()
         if self.cuda_graphs and self.device.type == "cuda" and not self.streams:
@@ -194,7 +192,7 @@ class LoadedWeights:
     stays = True
     streams = False
     winograd = True
-    recorded = None
+    recorded: RecordedSteps | None = None
     loras: Sequence[WornLora] = ()
 
     def __init__(self, model: SDXL, name: str, *, formulation: Formulation | None = None) -> None:
@@ -209,7 +207,8 @@ class LoadedWeights:
         return self.model.conditioner
 
     def unet(self) -> UNet:
-        """The denoising network."""
+        """The denoising network; until :meth:`release`, it is computed as one from a file is."""
+        self.model.unet.compute_fast(convolves_fast(self, self.dtype))
         return self.model.unet
 
     def vae(self) -> Autoencoder:
@@ -217,14 +216,23 @@ class LoadedWeights:
         return self.model.vae
 
     def release(self) -> None:
-        """Nothing: the model belongs to somebody else."""
+        """Nothing is freed: the model belongs to somebody else, and is given back as it was."""
+        self.model.unet.compute_fast(False)
 
     def forget(self) -> None:
-        """Nothing, likewise."""
+        """As :meth:`release`."""
+        self.release()
 
     def records(self, role: str) -> dict[str, ModelRecord]:
         """See :class:`Weights`; a model that is not a file has no hash."""
         return {role: ModelRecord(self.name, None)}
+
+
+def convolves_fast(weights: Weights, dtype: torch.dtype) -> bool:
+    """Whether networks of a model are to convolve with fewer multiplications, when computed in ``dtype``."""
+    # bf16 gains nothing from it where the processor does not compute in it
+    native = dtype != torch.bfloat16 or cpu_has_bf16()
+    return weights.winograd and weights.device.type == "cpu" and native
 
 
 def lora_records(loras: Sequence[WornLora], role: str) -> list[LoraRecord]:

@@ -50,7 +50,7 @@ class ResBlock(nn.Module):
 
         Up to where the embedding comes in, what k rows have in common is computed once.
         """
-        if self.fast:
+        if self.fast and not torch.is_grad_enabled():
             return self._channels_last(x, emb)
         hidden = self.in_layers[2](_norm_silu(self.in_layers[0], x))
         hidden = _rows(hidden, len(emb)) + self.emb_layers[1](emb)[:, :, None, None]
@@ -213,7 +213,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """[B, C, H, W] -> [B, C, *size], where each of ``size`` is twice H or W, or one less."""
-        if self.fast and size == (2 * x.shape[2], 2 * x.shape[3]):
+        if self.fast and not torch.is_grad_enabled() and size == (2 * x.shape[2], 2 * x.shape[3]):
             assert self.conv.bias is not None
             pixels = rearrange(x, "b c h w -> b h w c").contiguous()
             made = strips.upsample_conv(pixels, self.conv.weight, self.conv.bias, winograd=True)
@@ -301,7 +301,7 @@ class UNet(nn.Module):
                 module.compile()
 
     def _evaluate(self, x: Tensor, timesteps: Tensor, context: Context, label: Tensor) -> Tensor:
-        if self.fast:
+        if self.fast and not torch.is_grad_enabled():
             x = x.contiguous(memory_format=torch.channels_last)  # tokens are then the same memory as pixels
         features = sinusoidal(timesteps, self.config.model_channels).to(x.dtype)
         # every residual block activates the embedding first: once is enough

@@ -91,7 +91,7 @@ class _Walk:
     def conv(
         self, conv: nn.Conv2d, x: Tensor, norm: nn.GroupNorm | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        first = norm and strips.Norm(norm.num_groups, norm.weight, norm.bias, norm.eps)
+        first = None if norm is None else strips.Norm(norm.num_groups, norm.weight, norm.bias, norm.eps)
         return strips.conv3x3(x, conv.weight, _bias(conv), norm=first, onto=onto, winograd=self.winograd)
 
 

@@ -19,6 +19,7 @@ from sdxl_cli.diffusion.guidance import Guidance, Guided
 from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.diffusion.samplers import SAMPLERS
 from sdxl_cli.diffusion.schedule import NoiseSchedule
+from sdxl_cli.generation.remember import RecordedSteps, Remembering
 from sdxl_cli.model import config as sizes
 from sdxl_cli.model.config import ModelConfig
 from sdxl_cli.model.text import ClipLEmbedder, OpenClipEmbedder
@@ -258,3 +259,19 @@ def test_the_released_autoencoder_in_bfloat16(side: int) -> None:
     peak = torch.cuda.max_memory_allocated() >> 20
     print(f"VAE bf16 {side}²: mean {errors[0]:.2%}, image {errors[1]:.2%}, peak {peak} MiB")
     assert max(errors) < CEILINGS[torch.bfloat16]
+
+
+@torch.inference_mode()
+def test_recorded_steps_are_the_steps() -> None:
+    """Two prompts and two shapes in turns; a recording reads what is copied to it."""
+    unet = UNet(BASE.unet)
+    randomize(unet)
+    unet.to(DEVICE)
+    plain, recorded = Remembering(unet), Remembering(unet, RecordedSteps(unet))
+    prompts = [moved(unet_inputs(BASE)[2:], torch.float32) for _ in range(2)]
+    for _ in range(2):
+        for size in ((16, 12), (8, 8)):
+            for text, vector in prompts:
+                x, t = torch.randn(1, 4, *size, device=DEVICE), torch.full((2,), 500, device=DEVICE)
+                expected = plain(x, t, text, vector)
+                assert error(recorded(x, t, text, vector), expected.cpu()) < 1e-4
