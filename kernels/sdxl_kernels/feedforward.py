@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -18,7 +21,29 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [..., D].
     """
-    value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
-    if torch.is_grad_enabled():
-        return value * F.gelu(gate)
+    projected = F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and projected.requires_grad:
+        return _Gated.apply(projected)  # type: ignore[no-any-return]
+    value, gate = projected.chunk(2, dim=-1)
     return F.gelu(gate).mul_(value)
+
+
+class _Gated(torch.autograd.Function):
+    """value * gelu(gate), which keeps neither of the factors apart: gelu(gate) is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> Tensor:
+        ctx.save_for_backward(projected)
+        value, gate = projected.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (projected,) = ctx.saved_tensors
+        value, gate = projected.chunk(2, dim=-1)
+        out = torch.empty_like(projected)
+        of_value, of_gate = out.chunk(2, dim=-1)
+        torch.mul(grad, F.gelu(gate), out=of_value)
+        of_gate.copy_(torch.ops.aten.gelu_backward(grad * value, gate))
+        return out

@@ -99,6 +99,15 @@ Seed = Annotated[
     int | None,
     typer.Option("--seed", help="Decides data order and noise.", metavar="N", rich_help_panel=STEP),
 ]
+FusedBackward = Annotated[
+    bool | None,
+    typer.Option(
+        "--fused-backward",
+        help="Change each weight inside the backward pass; no gradients are stored.",
+        metavar="",
+        rich_help_panel=MACHINE,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.", metavar="NAME", rich_help_panel=MACHINE),
@@ -108,7 +117,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         "--mixed-precision",
-        help="auto, fp32 or bf16; weights and sums are fp32 in any case.",
+        help="What networks compute in: auto, fp32 or bf16; sums are fp32 in any case.",
         metavar="NAME",
         rich_help_panel=MACHINE,
     ),
@@ -210,6 +219,7 @@ LOOP_KEYS = {
     "dtype": "loop.dtype",
     "distributed": "loop.distributed",
     "log_to": "loop.log_to",
+    "fused_backward": "loop.fused_backward",
     "save_every": "loop.save_every",
     "log_every": "loop.log_every",
 }

@@ -11,6 +11,7 @@ from sdxl_cli import console as consoles
 from sdxl_cli.commands import generate
 from sdxl_cli.commands._options import Config, Json, Quiet, Set
 from sdxl_cli.commands._training import (
+    MACHINE,
     STEP,
     Accumulate,
     BatchSize,
@@ -22,6 +23,7 @@ from sdxl_cli.commands._training import (
     Dtype,
     EmaDecay,
     EmaDevice,
+    FusedBackward,
     LearningRate,
     LogEvery,
     LogTo,
@@ -53,6 +55,8 @@ OWN_KEYS = (
     "min_snr_gamma",
     "timestep_min",
     "timestep_max",
+    "memory",
+    "weight_dtype",
     "text_dropout",
     "allow_missing_captions",
     "sample_every",
@@ -97,6 +101,12 @@ def command(
     cache: CacheFolder = None,
     resume: Resume = False,
     dry_run: DryRun = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Count the memory of a step with each --memory, without weights or data, and stop."
+        ),
+    ] = False,
     sample_prompts: SamplePrompts = None,
     sample_every: SampleEvery = None,
     validation: ValidationData = None,
@@ -176,6 +186,26 @@ def command(
     device: Device = None,
     dtype: Dtype = None,
     distributed: Distributed = None,
+    fused_backward: FusedBackward = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            help="What is computed again instead of being kept: auto, none, ff (feed-forward networks), "
+            "blocks (transformer blocks) or all.",
+            metavar="NAME",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    weight_dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--weight-dtype",
+            help="What weights are stored in: fp32 or bf16, which is rounded at random.",
+            metavar="NAME",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     save_every: SaveEvery = None,
     log_every: LogEvery = None,
     log_to: LogTo = None,
@@ -263,8 +293,9 @@ def command(
     from sdxl_cli import presets
     from sdxl_cli.generation.request import GenerateRequest
     from sdxl_cli.training.config import UNetTrainConfig
+    from sdxl_cli.training.plan import memory_table
     from sdxl_cli.training.unet_request import UNetRequest, starting_points
-    from sdxl_cli.training.unet_run import train_unet, try_unet
+    from sdxl_cli.training.unet_run import plan_unet, train_unet, try_unet
 
     console = consoles.configure(quiet=quiet, json=as_json)
     flags = loop_keys(given) | {name: given[name] for name in OWN_KEYS}
@@ -284,6 +315,16 @@ def command(
         validation=validation,
         sample_lines=tuple(read_prompts(sample_prompts, aliases(generate.command, GenerateRequest))),
     )
+    if plan:
+        planned = plan_unet(request)
+        console.table(
+            *memory_table(planned),
+            title=f"{planned.size}, batch {planned.batch_size}, GB of 10⁹ bytes",
+        )
+        console.json(planned)
+        free = "nobody knows how much" if planned.free is None else f"{planned.free / 1e9:.1f} GB"
+        console.note(f"{free} free on {planned.device}; --memory auto: {planned.auto or 'not even all fits'}")
+        return
     if dry_run:
         measured = try_unet(request)
         console.print_result(str(measured))

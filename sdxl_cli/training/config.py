@@ -99,6 +99,9 @@ class LoopConfig:
     or nothing with one process."""
     shard_size: int = 0
     """With hsdp: processes that share a model; 0 takes those of a machine."""
+    fused_backward: bool = False
+    """Change each weight inside the backward pass, as soon as its gradient is there: no gradients are stored. Needs
+    whole steps of one batch and max_grad_norm = 0."""
     save_every: int = 1000
     """Steps between saved states."""
     keep_states: int = 2
@@ -127,6 +130,12 @@ class LoopConfig:
             raise UsageError(f"ema_decay is {self.ema_decay}; it must be below 1, or 0 for off")
         if self.total_batch_size and self.accumulate > 1:
             raise UsageError("total_batch_size says what accumulate is to be; give one of them")
+
+        if self.fused_backward and self.batches_per_step() > 1:
+            raise UsageError(
+                "fused_backward changes weights after every batch, and a step is to have "
+                f"{self.batches_per_step()}; give --accumulate 1"
+            )
 
     def batches_per_step(self, processes: int = 1) -> int:
         """How many batches each of so many processes puts into a step.
@@ -248,6 +257,12 @@ class UNetTrainConfig:
     which costs time and dilutes attention; what is trained with less must see the whole 77 at the end."""
     allow_missing_captions: bool = False
     """Train on pictures without a caption, as with the empty text."""
+    memory: Literal["auto", "none", "ff", "blocks", "all"] = "auto"
+    """What is computed again in the backward pass instead of being kept: nothing, the feed-forward networks, the
+    transformer blocks, these and the residual blocks. auto: the least that fits the device's free memory."""
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16: weights are stored so, too, at half the memory; updates are computed in fp32 and rounded up or down with a
+    chance in proportion to the distance, so that small ones are not lost."""
     native_size: int = 0
     """Side in pixels of the pictures trained on, which generation with the result takes for its default; 0 leaves
     what the model says."""
@@ -268,6 +283,13 @@ class UNetTrainConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
+        if self.weight_dtype == "bf16" and self.builds_on:
+            raise UsageError(
+                'weight_dtype = "bf16" is of weights that are trained; those of a LoRA or an embedding are few and '
+                'stay fp32, and frozen_dtype = "bf16" holds the model beside them'
+            )
+        if self.weight_dtype == "bf16" and self.loop.dtype == "fp32":
+            raise UsageError('weight_dtype = "bf16" computes in bf16, too; give --dtype bf16 or leave it out')
         if not 0 <= self.timestep_min <= self.timestep_max <= 999:
             raise UsageError(f"timesteps {self.timestep_min} … {self.timestep_max} are not within 0 … 999")
         if self.zero_terminal_snr and self.prediction == "eps":

@@ -33,7 +33,7 @@ class EMA:
         self.updates = 0
         """Steps seen; the average is ``updates % every`` of them behind."""
         self.shadow = {
-            name: p.detach().to(device or p.device, copy=True, memory_format=torch.preserve_format)
+            name: p.detach().to(device or p.device, _precision(p), copy=True)
             for name, p in parameters.items()
         }
 
@@ -58,9 +58,17 @@ class EMA:
         decay = math.prod(
             min(self.decay, (1 + n) / (10 + n)) for n in range(self.updates - steps + 1, self.updates + 1)
         )
-        values = [local(value) for value in shadow.values()]
-        targets = [local(parameters[name].detach()).to(value.device) for name, value in shadow.items()]
-        torch._foreach_lerp_(values, targets, 1 - decay)
+        pairs = [(local(value), local(parameters[name].detach())) for name, value in shadow.items()]
+        if all(value.device == p.device and value.dtype == p.dtype for value, p in pairs):
+            torch._foreach_lerp_([value for value, _ in pairs], [p for _, p in pairs], 1 - decay)
+            return
+        for value, p in pairs:  # one by one, as each needs a copy
+            value.lerp_(p.to(value.device, value.dtype), 1 - decay)
+
+
+def _precision(parameter: Tensor) -> torch.dtype:
+    """fp32 for bf16: an average moves by less than bf16 tells apart."""
+    return torch.float32 if parameter.dtype == torch.bfloat16 else parameter.dtype
 
 
 @contextmanager

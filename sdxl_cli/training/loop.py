@@ -21,7 +21,6 @@ from sdxl_cli.console import get as console
 from sdxl_cli.errors import FileError, Interrupted, NumericError
 from sdxl_cli.training.config import LoopConfig
 from sdxl_cli.training.metrics import IMAGES, Log, summed_images
-from sdxl_cli.training.optimizers import set_rate
 from sdxl_cli.training.parallel import parallel
 from sdxl_cli.training.rates import learning_rate
 from sdxl_cli.training.session import Session
@@ -149,7 +148,7 @@ class Run:
     def free_gradients(self) -> None:
         """Make room; the next step computes them anew."""
         for player in self.players:
-            player.optimizer.zero_grad(set_to_none=True)
+            player.updates.drop()
 
     def train(self) -> None:
         """Run to ``max_steps``, saving as it goes.
@@ -213,16 +212,14 @@ class Run:
     def _move(self, player: Player, index: int, batches: Sequence[int]) -> dict[str, float]:
         """One optimizer's step; its metrics."""
         config = player.config
-        player.optimizer.zero_grad(set_to_none=True)
+        rate = learning_rate(config, index, self.config.max_steps)
+        player.updates.begin(index, rate)
         losses, metrics = self._gradients(player, batches)
         value = self._mean_loss(index, batches, losses)
-        limit = config.max_grad_norm or float("inf")
-        norm = whole(torch.nn.utils.clip_grad_norm_(player.parameters.values(), limit))
+        norm = whole(player.updates.norm(config.max_grad_norm))
         if not torch.isfinite(norm):
             self._fail(f"the gradient is {float(norm)}", index, batches)
-        rate = learning_rate(config, index, self.config.max_steps)
-        set_rate(player.optimizer, rate)
-        player.optimizer.step()
+        player.updates.apply()
         if player.ema:
             player.ema.update(player.parameters)
         return {"loss": value, "grad_norm": float(norm), "learning_rate": rate, **metrics}
@@ -233,6 +230,8 @@ class Run:
         for batch in batches:
             with player.shared.adding_up(batch == batches[-1]):
                 loss, metrics = player.shared(player.turn.step, batch, self._generator(batch))
+                if self.config.fused_backward and not math.isfinite(loss.item()):
+                    return [loss.item()], metrics  # before it is in the weights
                 # a batch's weights make it count by its pictures, short or whole: batches are averaged alike
                 (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.item())

@@ -58,26 +58,31 @@ class NoBatches:
 
 
 class LargestBatch:
-    """The same full batch of a manifest's largest size at every step, with noise for pictures."""
+    """The same full batch of one size at every step, with noise for pictures."""
 
-    def __init__(self, manifest: Manifest, batch_size: int, vae: VAEConfig) -> None:
-        """``vae`` says how large latents are."""
-        row = max(manifest.kept, key=lambda row: row.plan.target_size[0] * row.plan.target_size[1])
-        self.size = row.plan.target_size
-        """(height, width) in pixels."""
+    def __init__(self, size: tuple[int, int], batch_size: int, vae: VAEConfig, caption: str = "") -> None:
+        """``size`` is (height, width) in pixels; ``vae`` says how large latents are."""
+        self.size = size
         height, width = (side // vae.downsampling for side in self.size)
-        mean = torch.randn(batch_size, vae.z_channels, height, width) / vae.scale_factor
+        generator = torch.Generator().manual_seed(0)  # not the run's randomness
+        mean = torch.randn(batch_size, vae.z_channels, height, width, generator=generator) / vae.scale_factor
         self._batch = Batch(
             images=None,
             latents=Latents(mean, torch.full_like(mean, -20.0)),
-            captions=[next(iter(row.captions), "")] * batch_size,
+            captions=[caption] * batch_size,
             original_size=[self.size] * batch_size,
             crop_top_left=[(0, 0)] * batch_size,
             target_size=[self.size] * batch_size,
             aesthetic_score=[6.0] * batch_size,
-            ids=[row.path] * batch_size,
+            ids=["noise"] * batch_size,
             weight=torch.ones(batch_size),
         )
+
+    @classmethod
+    def of(cls, manifest: Manifest, batch_size: int, vae: VAEConfig) -> LargestBatch:
+        """The largest size of a manifest."""
+        row = max(manifest.kept, key=lambda row: row.plan.target_size[0] * row.plan.target_size[1])
+        return cls(row.plan.target_size, batch_size, vae, next(iter(row.captions), ""))
 
     def batch(self, step: int) -> Batch:
         """See :class:`~sdxl_cli.training.unet_task.Batches`."""

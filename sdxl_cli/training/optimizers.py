@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import ModuleType
@@ -52,10 +53,29 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def _adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    # the meta device, where steps are counted, has no fused one; foreach would hold copies of everything at once
+    fused = not any(p.is_meta for group in groups for p in group["params"])
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused, foreach=False
+    )
+
+
+class CountedAdamW8bit(torch.optim.Optimizer):
+    """Stands for it on the meta device, where it cannot run: it keeps as much, and changes nothing.
+
+    Both moments have a byte per value, and an fp32 scale for every 256.
+    """
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Make room for the moments of what has a gradient."""
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            size = 2 * (p.numel() + 4 * math.ceil(p.numel() / 256))
+            self.state[p].setdefault("moments", torch.empty(size, dtype=torch.uint8, device=p.device))
 
 
 def _adamw8bit(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    if any(p.is_meta for group in groups for p in group["params"]):
+        return CountedAdamW8bit(groups, {})
     if any(p.device.type != "cuda" for group in groups for p in group["params"]):
         raise UsageError("optimizer adamw8bit runs on CUDA devices only; use adamw, or give --device cuda")
     package = _package("bitsandbytes", "adamw8bit")

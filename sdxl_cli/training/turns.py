@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sdxl_cli.training.config import LoopConfig, OptimizerConfig
 from sdxl_cli.training.ema import EMA
 from sdxl_cli.training.optimizers import build_optimizer
-from sdxl_cli.training.parallel import Parallel
+from sdxl_cli.training.parallel import Alone, Parallel
+from sdxl_cli.training.updates import build_updates
 
 Step = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 """See :meth:`Task.step`."""
@@ -90,6 +91,13 @@ class Player:
         self.buffers = {before + n: b for n, b in turn.module.named_buffers() if n in kept}
         """What changes without gradients, as running means do."""
         self.optimizer = build_optimizer(self.parameters, self.config)
+        self.updates = build_updates(
+            list(self.parameters.values()),
+            self.optimizer,
+            self.config,
+            config,
+            alone=isinstance(shared, Alone),
+        )
         self.ema = _average_of(self, config) if turn.averaged else None
 
     @contextmanager

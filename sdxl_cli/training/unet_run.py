@@ -23,6 +23,7 @@ from sdxl_cli.model import text, unet
 from sdxl_cli.model.config import Part
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
+from sdxl_cli.training.adapters import add_adapters
 from sdxl_cli.training.config import UNetTrainConfig
 from sdxl_cli.training.embedding import EmbeddingTask, check_word, learn_embedding, with_word
 from sdxl_cli.training.export import Export, ModelExport, SaveModels, file_name
@@ -30,7 +31,9 @@ from sdxl_cli.training.loop import Run, Watcher
 from sdxl_cli.training.lora_run import learn_lora
 from sdxl_cli.training.measuring import LargestBatch, Measured, NoBatches, measure
 from sdxl_cli.training.parts import choose_trained, trained_parts, with_part_rates
-from sdxl_cli.training.place import hold_frozen, training_device
+from sdxl_cli.training.place import hold, training_device
+from sdxl_cli.training.plan import Plan, plan, settle
+from sdxl_cli.training.recompute import recompute
 from sdxl_cli.training.samples import Samples, Wanted, sample_plans
 from sdxl_cli.training.session import session
 from sdxl_cli.training.text_cache import DTYPES, cached_text
@@ -83,11 +86,14 @@ def train_unet(request: UNetRequest) -> UNetResult:
         # only now, as whatever has read its weights knew the model by its own names
         built_on = _build_on(request, task.module, manifest, loader.sampler.batches_per_epoch)
         export = built_on or ModelExport(task.module, vae, ids, config)
-        hold_frozen(task.module, config)
         watchers = _watchers(request, task, vae, export, plans, text, here.world)
         if not plans:  # pictures are encoded, and none are made: the room is the U-Net's
             vae.to("cpu")
-            if text is not None:
+        largest = LargestBatch.of(manifest, config.loop.batch_size, task.module.config.vae)
+        _settled(task, largest, here.device, text_stays=bool(plans) or text is None)
+        if not here.sharded:
+            task.module.to(here.device)
+            if not plans and text is not None:
                 task.module.conditioner.to("cpu")
         record = _record(request, task.module, vae, ids)
         loop = with_part_rates(config.loop, task.module.config)
@@ -114,9 +120,11 @@ def try_unet(request: UNetRequest) -> Measured:
     vae = _vae(request)
     task, _ = _task(request, vae, manifest, device)
     _build_on(request, task.module, manifest, 1)
-    hold_frozen(task.module, config)
-    task.batches = LargestBatch(manifest, config.loop.batch_size, vae.config)
-    height, width = task.batches.size
+    largest = LargestBatch.of(manifest, config.loop.batch_size, vae.config)
+    _settled(task, largest, device, text_stays=True)
+    task.module.to(device)
+    task.batches = largest
+    height, width = largest.size
     return measure(task, with_part_rates(config.loop, task.module.config), f"{width}x{height}")
 
 
@@ -147,10 +155,54 @@ def _task(
     model = _model(request, vae)
     tell_of_missing_scores(manifest, model.config)
     ids = _compacted(model, manifest) if _learns_words(request, model) else None
-    model.to(device).to(memory_format=torch.channels_last).train()
-    tokens = _Tokens(Tokenizer.default(), request.config.caption_tokens)
-    kind = EmbeddingTask if request.config.embedding.word else UNetTask
-    return kind(model, NoBatches(), tokens, request.config), ids
+    model.conditioner.to(device)  # the U-Net follows in the precision that it is kept in
+    model.to(memory_format=torch.channels_last).train()
+    return _untold(model, request.config), ids
+
+
+def _untold(model: SDXL, config: UNetTrainConfig) -> UNetTask:
+    """The task of training a model, still without batches."""
+    tokens = _Tokens(Tokenizer.default(), config.caption_tokens)
+    kind = EmbeddingTask if config.embedding.word else UNetTask
+    return kind(model, NoBatches(), tokens, config)
+
+
+def _settled(task: UNetTask, largest: LargestBatch, device: torch.device, text_stays: bool) -> None:
+    """Give the model its precision, and keep as much of every pass as there is room for on its device to be."""
+    hold(task.module, task.config, device)
+    recompute(task.module.unet, settle(replace(task, batches=largest), device, text_stays))
+
+
+def plan_unet(request: UNetRequest) -> Plan:
+    """What ``--plan`` counts: bytes of a step with each ``--memory``, without any weights being read or made.
+
+    The size is the largest of the data, or the model's own without any.
+
+    Raises:
+        UsageError, FileError: the request does not fit together.
+    """
+    config = request.config
+    if config.embedding.word:
+        raise UsageError("--plan counts the training of U-Nets and LoRAs; leave it out for an embedding")
+    device = training_device(config.loop)
+    sizes = base_of(request).config if request.init else named(config.model)
+    with torch.device("meta"):
+        model = SDXL(sizes, ("unet", "text"))
+    parts = trained_parts(config, sizes)
+    if config.lora.rank:
+        add_adapters(model, config.lora, parts)
+    else:
+        choose_trained(model, parts)
+    hold(model, config, device)
+    task = _untold(model.to(memory_format=torch.channels_last).train(), config)
+    side, count = config.native_size or sizes.native_size, config.loop.batch_size
+    if request.data:
+        batch = LargestBatch.of(read_manifest(request.data), count, sizes.vae)
+    else:
+        batch = LargestBatch((side, side), count, sizes.vae)
+    height, width = batch.size
+    encodes = config.train_text_encoders or config.cache_text != "fill" or bool(request.sample_lines)
+    return plan(replace(task, batches=batch), device, f"{width}x{height}", encodes)
 
 
 def _watchers(
@@ -189,6 +241,7 @@ def _record(request: UNetRequest, model: SDXL, vae: Autoencoder, ids: Tensor | N
         "prediction": config.prediction,
         "zero_terminal_snr": config.zero_terminal_snr,
         "objective": config.objective,
+        "weight_dtype": config.weight_dtype,
         "token_ids": None if ids is None else ids.tolist(),
     }
 

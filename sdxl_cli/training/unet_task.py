@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -78,6 +79,10 @@ class UNetTask:
         means = {"mse": Mean(float(per_sample.mean()), count), **by_level(per_sample, index)}
         return loss, {"images": float(count), **means}
 
+    def loss(self, index: int, generator: torch.Generator) -> Tensor:
+        """The loss of batch ``index`` alone: nothing of it is read, so that it works on the meta device, too."""
+        return self._losses(self.batches.batch(index), generator)[0]
+
     @torch.no_grad()
     def describe(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """See :class:`~sdxl_cli.training.loop.Task`."""
@@ -112,15 +117,27 @@ class UNetTask:
         weight = noised.weight * batch.weight * level_weight(config.level_weights, levels.index)
         if config.debiased:
             weight = weight * debiased_weight(levels.sigma)
-        with computing(config.loop, self.device):
+        with self.computing():
             text = self._text(batch, random if trains else None)
             cond = condition(self.module.config, text, micro_conditions(batch))
             vector = self._without_some(cond.vector, random) if trains else cond.vector
             network_input = noised.network_input.contiguous(memory_format=torch.channels_last)
             time = levels.time.to(self.device)
-            output = self.module.unet(network_input, time, cond.crossattn, vector)
+            inputs = (network_input, cond.crossattn, vector)
+            if self.low:
+                inputs = (inputs[0].bfloat16(), inputs[1].bfloat16(), inputs[2].bfloat16())
+            output = self.module.unet(inputs[0], time, *inputs[1:])
         loss, per_sample = weighted_mse(output, replace(noised, weight=weight))
         return loss, per_sample, levels
+
+    def computing(self) -> AbstractContextManager[object]:
+        """Autocast, unless everything is bf16: norms have fp32 inside, and autocast would only write it out."""
+        return nullcontext() if self.low else computing(self.config.loop, self.device)
+
+    @property
+    def low(self) -> bool:
+        """Whether all weights are bf16."""
+        return self.config.weight_dtype == "bf16"
 
     def _latent(self, batch: Batch, random: Streams) -> Tensor:
         assert batch.latents is not None, "the loader must have a latent cache"

@@ -56,6 +56,7 @@ def unet_config(**changes: Any) -> UNetTrainConfig:
         "min_snr_gamma": 5.0,
         "text_dropout": 0.2,
         "train_text_encoders": True,
+        "memory": "none",  # nothing to count, many times
         "loop": loop_config(**loop),
     }
     return UNetTrainConfig(**values | changes)
