@@ -19,7 +19,7 @@ from sdxl_cli.training.config import LoopConfig, OptimizerConfig
 from sdxl_cli.training.footprint import LiveBytes
 from sdxl_cli.training.measuring import LargestBatch
 from sdxl_cli.training.optimizers import build_optimizer
-from sdxl_cli.training.plan import MODES, counted, kept, on_meta, settle
+from sdxl_cli.training.plan import MODES, Row, counted, kept, on_meta, settle
 from sdxl_cli.training.recompute import Recompute, recompute
 from sdxl_cli.training.unet_task import UNetTask
 from tests.training.small import SMALL, unet_config
@@ -88,23 +88,28 @@ def test_what_is_named_runs_twice_and_nothing_else(
     assert names == set(SDXL(SMALL, ("unet", "text")).state_dict())
 
 
-def rows(task: UNetTask) -> dict[str, Any]:
-    return {row.memory: row.footprint for row in counted(task, CPU)}
+def rows(task: UNetTask) -> dict[str, Row]:
+    return {row.memory: row for row in counted(task, CPU)}
 
 
-def test_each_mode_keeps_less_than_the_one_before() -> None:
-    found = rows(make_task(LargestBatch((64, 64), 2, SMALL.vae)))
-    sizes = [found[mode].activations for mode in MODES]
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == 4
-    totals = [found[mode].total for mode in MODES]
-    assert totals == sorted(totals, reverse=True)
+@pytest.fixture(scope="module")
+def all_rows() -> dict[str, Row]:
+    """Of pictures so large that activations outweigh gradients; on the meta device size costs no time."""
+    return rows(make_task(LargestBatch((512, 512), 2, SMALL.vae)))
+
+
+def test_each_mode_needs_less_than_the_one_before(all_rows: dict[str, Row]) -> None:
+    kept_bytes = [all_rows[mode].footprint.activations for mode in MODES]
+    totals = [all_rows[mode].total for mode in MODES]
+    for sizes in (kept_bytes, totals):
+        assert sizes == sorted(set(sizes), reverse=True)
 
 
 def test_what_is_counted_is_what_autograd_saves() -> None:
     """Two ways to count on the meta device, and the bytes that a real forward pass saves on the CPU."""
     task = make_task(LargestBatch((64, 64), 2, SMALL.vae), dtype="fp32")
-    found = rows(task)["none"].activations
+    task.module.conditioner.requires_grad_(False)
+    found = next(counted(task, CPU)).footprint.activations
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -116,8 +121,8 @@ def test_what_is_counted_is_what_autograd_saves() -> None:
         task.loss(0, torch.Generator())
     real = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in known)
     twin = UNetTask(on_meta(task.module), task.batches, words, task.config)
-    assert kept(twin) == pytest.approx(found, rel=0.02)
-    assert real == pytest.approx(found, rel=0.05)
+    assert kept(twin) == real
+    assert real == pytest.approx(found, abs=64), "but for the loss itself"
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy"])
@@ -141,15 +146,10 @@ def test_counted_moments_are_those_that_an_optimizer_has(name: Any) -> None:
 def test_a_fused_step_needs_no_room_for_gradients() -> None:
     batch = LargestBatch((64, 64), 1, SMALL.vae)
     free = OptimizerConfig(max_grad_norm=0.0)
-    whole = rows(make_task(batch, optimizer=free))["all"]
-    fused = rows(make_task(batch, optimizer=free, fused_backward=True))["all"]
-    saved = whole.step - fused.step
-    assert saved > 0.5 * whole.weights, "gradients are as large as weights"
-    assert (whole.weights, whole.optimizer, whole.activations) == (
-        fused.weights,
-        fused.optimizer,
-        fused.activations,
-    )
+    whole = next(counted(make_task(batch, optimizer=free), CPU)).footprint
+    fused = next(counted(make_task(batch, optimizer=free, fused_backward=True), CPU)).footprint
+    assert whole.step - fused.step > 0.5 * whole.weights, "gradients are as large as weights"
+    assert replace(whole, step=0) == replace(fused, step=0)
 
 
 def test_bytes_that_live_at_once_are_counted() -> None:
@@ -166,21 +166,26 @@ def test_bytes_that_live_at_once_are_counted() -> None:
         assert live.now == 0
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_auto_takes_the_fastest_that_fits(
-    mode: Recompute, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    all_rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = make_task(LargestBatch((512, 512), 2, SMALL.vae), memory="auto")
+    monkeypatch.setattr(plans, "counted", lambda *_: iter(all_rows.values()))
     there = plans.resident(task.module)  # on the CPU the weights have their room already
-    needed = {row.memory: row.total - there for row in counted(task, CPU)}[mode]
-    monkeypatch.setattr(plans, "free_bytes", lambda device: round(needed / plans.MARGIN) + 1)
-    assert settle(task, CPU) == mode
+    for mode in MODES:
+        enough = round((all_rows[mode].total - there) / plans.MARGIN) + 1
+        monkeypatch.setattr(plans, "free_bytes", lambda device, enough=enough: enough)
+        assert settle(task, CPU) == mode
     monkeypatch.setattr(plans, "free_bytes", lambda device: 1000)
     assert settle(task, CPU) == "all"
     assert "even with --memory all" in capsys.readouterr().err
     assert settle(replace(task, config=replace(task.config, memory="ff")), CPU) == "ff"
+    monkeypatch.setattr(plans, "counted", lambda *_: pytest.fail("plenty is seen without counting it all"))
+    monkeypatch.setattr(plans, "free_bytes", lambda device: 1 << 40)
+    assert settle(task, CPU) == "none"
 
 
+@pytest.mark.slow
 def test_a_plan_of_the_released_size_meets_its_limits(capsys: pytest.CaptureFixture[str]) -> None:
     """A full fine-tune in bf16 at 1024 pixels, batch 1, within 10 GB."""
     assert cli.run(["train-unet", "--preset", "finetune-10gb", "--plan", "--json", "-q"]) == 0
@@ -198,6 +203,7 @@ def test_a_plan_of_the_released_size_meets_its_limits(capsys: pytest.CaptureFixt
     assert kept_bytes == pytest.approx({"none": 5.67, "ff": 3.33, "blocks": 1.14, "all": 0.57}, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_lora_meets_its_limit(capsys: pytest.CaptureFixture[str]) -> None:
     """A LoRA at 1024 pixels, batch 1, within 8 GB."""
     assert cli.run(["train-unet", "--preset", "lora", "--dtype", "bf16", "--plan", "--json", "-q"]) == 0
