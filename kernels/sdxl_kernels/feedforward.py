@@ -23,7 +23,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     projected = F.linear(x, weight, bias)
     if torch.is_grad_enabled() and projected.requires_grad:
-        return _Gated.apply(projected)  # type: ignore[no-any-return]
+        return _Gated.apply(projected)
     value, gate = projected.chunk(2, dim=-1)
     return F.gelu(gate).mul_(value)
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that come into being, and takes off those that go."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         """``known`` were there before and are not counted."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.seen = {tensor.untyped_storage()._cdata for tensor in known}
 

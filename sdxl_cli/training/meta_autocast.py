@@ -31,7 +31,7 @@ class MetaAutocast(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         """Forget the casts, as torch does at the end of its context."""
         self.casts.clear()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Cast the operation's tensors as autocast does."""

@@ -17,12 +17,13 @@ from sdxl_cli.model.conditioning import TextFeatures
 from sdxl_cli.model.config import ModelConfig
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.training.config import LoopConfig, UNetTrainConfig
+from sdxl_cli.training.draws import streams
 from sdxl_cli.training.unet_task import UNetTask
 from tests.model.peers import BASE, REFINER, diffusers_unet, randomize, taken
 
 LIMIT = 1e-4
-SEED = 29
-"""Draws levels 34, 819 and 657: one of little noise, where min-SNR weighs less, and two of much."""
+SEED = 25
+"""Draws levels 58, 846 and 243: one of little noise, where min-SNR weighs less, and two of much."""
 COUNT, SIZE = 3, (6, 10)
 SIZES = [(640, 320), (1024, 512), (333, 2048)]
 CROPS = [(0, 48), (7, 0), (0, 0)]
@@ -68,8 +69,19 @@ def ours(model: ModelConfig, config: UNetTrainConfig, given: Given) -> tuple[SDX
     return network, loss.detach()
 
 
+def drawn(config: UNetTrainConfig) -> tuple[Tensor, Tensor]:
+    """The levels [B] and noise [B, 4, h, w] that come out of the pictures' streams of random numbers, in our order."""
+    steps, noises = [], []
+    for stream in streams(torch.Generator().manual_seed(SEED), range(COUNT)):
+        torch.randn(1, 4, *SIZE, generator=stream)  # of the posterior, which has no width here
+        steps.append(torch.randint(config.timestep_min, config.timestep_max + 1, (1,), generator=stream))
+        noise = torch.randn(1, 4, *SIZE, generator=stream)
+        noises.append(noise + config.noise_offset * torch.randn(1, 1, 1, 1, generator=stream))
+    return torch.cat(steps), torch.cat(noises)
+
+
 def theirs(network: Any, model: ModelConfig, config: UNetTrainConfig, given: Given) -> Tensor:
-    """As train_text_to_image_sdxl.py has it, with our order of random numbers."""
+    """As train_text_to_image_sdxl.py has it, with our random numbers."""
     scheduler = DDPMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -77,12 +89,8 @@ def theirs(network: Any, model: ModelConfig, config: UNetTrainConfig, given: Giv
         prediction_type="epsilon" if config.prediction == "eps" else "v_prediction",
         rescale_betas_zero_snr=config.zero_terminal_snr,
     )
-    generator = torch.Generator().manual_seed(SEED)
     latent = given.latent
-    torch.randn(latent.shape, generator=generator)  # of the posterior, which has no width here
-    steps = torch.randint(config.timestep_min, config.timestep_max + 1, (COUNT,), generator=generator)
-    noise = torch.randn(latent.shape, generator=generator)
-    noise += config.noise_offset * torch.randn(COUNT, 1, 1, 1, generator=generator)
+    steps, noise = drawn(config)
     rows = zip(SIZES, CROPS, TARGETS, SCORES, strict=True)
     ids = [[*size, *crop, *([score] if model.is_refiner else target)] for size, crop, target, score in rows]
     output = network(
