@@ -227,12 +227,12 @@ LOOP_KEYS = {
 
 
 def loop_keys(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the shared flags say, by the configuration's keys; None where one was not given.
+    """What the shared flags say, by the configuration's keys; None where one was not given, or the command lacks it.
 
     Args:
         given: parameters of the command, by name.
     """
-    keys = {key: given[name] for name, key in LOOP_KEYS.items()}
+    keys = {key: given.get(name) for name, key in LOOP_KEYS.items()}
     keys["loop.log_to"] = tuple(given["log_to"]) if given["log_to"] else None
     if given["accumulate"] is not None:
         keys["loop.total_batch_size"] = 0  # the preset's; a number of batches says it otherwise

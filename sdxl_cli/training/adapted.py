@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sdxl_cli.model.unet import GEGLU, Downsample, Upsample
+from sdxl_cli.training.meta_autocast import without_autocast
 
 Operation = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(input, weight, bias) -> output: the frozen layer with any weight."""
@@ -71,7 +72,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def _norm(self, weight: Tensor) -> Tensor:
         """Of each output's changed weight [O]; a constant of the step (arXiv 2402.09353, section 4.3)."""
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             changed = weight.float().flatten(1) + self.up @ self.down.flatten(1) * self.scale
             return torch.linalg.vector_norm(changed, dim=1)
 

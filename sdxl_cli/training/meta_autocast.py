@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,3 +53,8 @@ class MetaAutocast(TorchFunctionMode):
 
     def _raise(self, value: Any) -> Any:
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in what tensors are; on the meta device the sizes of a few vectors are let be."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -146,7 +146,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
     name: Any, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    weight = nn.Parameter(torch.zeros(2, 2, device="meta"))
+    weight = nn.Parameter(torch.zeros(2, 2))
     if name == "adamw8bit":
         with pytest.raises(UsageError, match="CUDA devices only; use adamw"):
             build_optimizer({"weight": weight}, OptimizerConfig(name=name, learning_rate=1.0))
