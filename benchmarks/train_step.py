@@ -209,7 +209,8 @@ def compare(args: argparse.Namespace) -> None:
             losses = {}
             for side in sorted(children, reverse=bool(index % 2)):
                 child = children[side]
-                assert child.stdin and child.stdout
+                assert child.stdin
+                assert child.stdout
                 print(index, file=child.stdin, flush=True)
                 wall, work, losses[side] = json.loads(child.stdout.readline())
                 if index >= WARM:

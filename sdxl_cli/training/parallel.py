@@ -177,7 +177,8 @@ class Sharded:
             for unit in module.modules():
                 if type(unit).__name__ in UNITS:
                     fully_shard(unit, mesh=mesh)
-            self.shared = fully_shard(_Within(module), mesh=mesh)
+            self.shared: nn.Module = _Within(module)
+            fully_shard(self.shared, mesh=mesh)  # in place
 
     def __call__(self, function: Callable[..., T], *args: Any) -> T:
         """See :class:`Parallel`."""

@@ -58,7 +58,9 @@ def counted(task: UNetTask, device: torch.device, text_stays: bool = True) -> It
         player.updates.close()
         for p in player.parameters.values():
             # the update's bytes are known: enough that the gradient goes
-            p.register_post_accumulate_grad_hook(lambda arrived: setattr(arrived, "grad", None))
+            p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda arrived: setattr(arrived, "grad", None)
+            )
     for mode in MODES:
         recompute(model.unet, mode, twin.computing)
         activations, passes = _passes(twin, player)

@@ -80,7 +80,7 @@ class Session:
         """Where a network that is to be trained waits for that."""
         return torch.device("cpu") if self.sharded else self.device
 
-    def dealing(self, config: LoopConfig) -> dict[str, int]:
+    def dealing(self, config: LoopConfig) -> dict[str, Any]:
         """Arguments of :class:`~sdxl_cli.data.loader.BatchLoader` that give it this process's pictures."""
         share = self.share
         return {

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from sdxl_cli.checkpoint.atomic import sync
 from sdxl_cli.checkpoint.stream import require_room
@@ -79,7 +80,9 @@ def save_state(
     world.by_lead(lambda: _begin(path, unfinished, size))
     try:
         with _told_already():
-            dcp.save(dict(tensors), storage_writer=StateWriter(unfinished, values), no_dist=not world.joined)
+            save_shards(
+                dict(tensors), storage_writer=StateWriter(unfinished, values), no_dist=not world.joined
+            )
     except CheckpointException as error:
         failures = [failure[0] for failure in error.failures.values()]
         if known := next((failure for failure in failures if isinstance(failure, SdxlError)), None):
@@ -129,7 +132,7 @@ def read_state(state: State, tensors: Mapping[str, Tensor], world: World = ALONE
         world: the processes.
     """
     with torch.no_grad(), _told_already():
-        dcp.load(dict(tensors), storage_reader=StateReader(state.path), no_dist=not world.joined)
+        load_shards(dict(tensors), storage_reader=StateReader(state.path), no_dist=not world.joined)
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

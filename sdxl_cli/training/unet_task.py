@@ -74,9 +74,9 @@ class UNetTask:
         seen = batch.weight > 0  # a process that a short batch has no picture for has one that does not count
         if not seen.any():
             return loss, {"images": 0.0}
-        per_sample, index = per_sample.cpu()[seen], levels.index[seen]
+        per_sample, shown = per_sample.cpu()[seen], levels.index[seen]
         count = len(per_sample)
-        means = {"mse": Mean(float(per_sample.mean()), count), **by_level(per_sample, index)}
+        means = {"mse": Mean(float(per_sample.mean()), count), **by_level(per_sample, shown)}
         return loss, {"images": float(count), **means}
 
     def loss(self, index: int, generator: torch.Generator) -> Tensor:

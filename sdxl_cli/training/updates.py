@@ -57,7 +57,10 @@ class OneByOne(Updates):
         self.places = {p: place for place, p in enumerate(self.parameters)}
         self.groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         self.generators: dict[torch.device, torch.Generator] = {}
-        self.hooks = [p.register_post_accumulate_grad_hook(self.arrived) for p in self.parameters]
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(self.arrived)  # type: ignore[no-untyped-call]
+            for p in self.parameters
+        ]
 
     def begin(self, index: int, rate: float) -> None:
         """See :class:`Updates`."""
@@ -81,7 +84,7 @@ class OneByOne(Updates):
         parameter.grad = gradient.to(parameter.dtype)
         everything = self.optimizer.param_groups
         try:
-            self.optimizer.param_groups = [{**self.groups[parameter], "params": [parameter]}]  # type: ignore[index]
+            self.optimizer.param_groups = [{**self.groups[parameter], "params": [parameter]}]
             self.optimizer.step()
         finally:
             self.optimizer.param_groups = everything

@@ -13,6 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from sdxl_cli.console import get as console
 from sdxl_cli.errors import SdxlError, UsageError
@@ -125,7 +127,7 @@ def world_of(config: LoopConfig) -> Iterator[World]:
         torch.cuda.set_device(world.local_rank)
     joins = not dist.is_initialized()  # a program that joined them itself goes on with them
     if joins:
-        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         dist.init_process_group(
             backend, store=fresh(store, rank, size), rank=rank, world_size=size, timeout=PATIENCE
         )
@@ -138,7 +140,7 @@ def world_of(config: LoopConfig) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+def fresh(store: Store, rank: int, size: int) -> Store:
     """The store where processes meet, under a name that this start of theirs alone has.
 
     torchrun's store outlives its processes: those that are started in the place of dead ones would find the dead ones'
@@ -151,7 +153,7 @@ def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
         for other in range(1, size):
             token = store.get(f"sdxl/{name}/{other}").decode()
             store.set(f"sdxl/{name}/{other}/{token}", "welcome")
-        return dist.PrefixStore(name, store)
+        return PrefixStore(name, store)
     token = secrets.token_hex(8)
     while True:
         name = store.get("sdxl/name").decode()
@@ -159,7 +161,7 @@ def fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
         until = time.monotonic() + 1.0
         while time.monotonic() < until:
             if store.check([f"sdxl/{name}/{rank}/{token}"]):
-                return dist.PrefixStore(name, store)
+                return PrefixStore(name, store)
             time.sleep(0.02)
 
 
