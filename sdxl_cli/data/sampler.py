@@ -95,7 +95,7 @@ class BucketSampler:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rank, self.world_size, self.remainder = rank, world_size, remainder
         self.parts = parts
-        self._whole = together or batch_size * world_size
+        self.together = together or batch_size * world_size
         """Pictures in a step over all devices."""
         self.state = SamplerState()
         """Set it to go on from elsewhere."""
@@ -114,7 +114,7 @@ class BucketSampler:
         """Of one device; the same in every epoch and on every rank."""
         if not self.batches_per_epoch:
             raise UsageError(
-                f"remainder = drop leaves nothing: no bucket has {self._whole} pictures; "
+                f"remainder = drop leaves nothing: no bucket has {self.together} pictures; "
                 "use a smaller batch or another remainder"
             )
         self._planned: tuple[int, list[PlannedBatch]] | None = None
@@ -144,7 +144,7 @@ class BucketSampler:
             yield batch
 
     def _steps(self, count: int) -> int:
-        return count // self._whole if self.remainder == "drop" else -(-count // self._whole)
+        return count // self.together if self.remainder == "drop" else -(-count // self.together)
 
     def _plan(self, epoch: int) -> list[_Step]:
         rng = random.Random(f"{self.seed}\n{epoch}")
@@ -163,7 +163,7 @@ class BucketSampler:
 
     def _filled(self, bucket: Size, chosen: list[int], epoch: int) -> list[_Step]:
         """The bucket's pictures in steps, the last one as ``remainder`` says."""
-        count, whole = len(chosen), self._whole
+        count, whole = len(chosen), self.together
         places = list(chosen)
         if self.remainder == "drop":
             places = places[: count // whole * whole]
@@ -189,7 +189,7 @@ class BucketSampler:
         indices, weights = step.indices[mine], step.weights[mine]
         if not indices:
             return PlannedBatch(step.bucket, (step.indices[0],), epoch, (0,), (0.0,))
-        share = len(indices) * hands / self._whole
+        share = len(indices) * hands / self.together
         places = tuple(range(len(step.indices))[mine])
         return PlannedBatch(
             step.bucket, tuple(indices), epoch, places, tuple(share * weight for weight in weights)

@@ -204,8 +204,7 @@ class Sharded:
         try:
             yield self._plain
         finally:
-            for p in self._plain.parameters():
-                p.data = torch.empty_like(p, device="meta")
+            self._plain.to("meta")
 
 
 @contextmanager

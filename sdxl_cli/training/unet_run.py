@@ -35,7 +35,7 @@ from sdxl_cli.training.place import hold, training_device
 from sdxl_cli.training.plan import Plan, plan, settle
 from sdxl_cli.training.recompute import recompute
 from sdxl_cli.training.samples import Samples, Wanted, sample_plans
-from sdxl_cli.training.session import session
+from sdxl_cli.training.session import Session, session
 from sdxl_cli.training.text_cache import DTYPES, cached_text
 from sdxl_cli.training.unet_request import (
     UNetRequest,
@@ -86,7 +86,7 @@ def train_unet(request: UNetRequest) -> UNetResult:
         # only now, as whatever has read its weights knew the model by its own names
         built_on = _build_on(request, task.module, manifest, loader.sampler.batches_per_epoch)
         export = built_on or ModelExport(task.module, vae, ids, config)
-        watchers = _watchers(request, task, vae, export, plans, text, here.world)
+        watchers = _watchers(request, task, vae, export, plans, text, here)
         if not plans:  # pictures are encoded, and none are made: the room is the U-Net's
             vae.to("cpu")
         largest = LargestBatch.of(manifest, config.loop.batch_size, task.module.config.vae)
@@ -212,7 +212,7 @@ def _watchers(
     export: Export,
     plans: Sequence[Wanted],
     text: TextCache | None,
-    world: World,
+    here: Session,
 ) -> list[Watcher]:
     """Those that the request asks for, in the order of their work."""
     config, found = request.config, list[Watcher]()
@@ -220,8 +220,18 @@ def _watchers(
         found.append(SaveModels(export, request.output, config.save_model_every))
     if request.validation:
         manifest = _manifest(request.validation, config)
-        cache = fill_cache(manifest, vae, request.cache or request.output / "latents", world)
-        batches = BatchLoader(manifest, config.loop.batch_size, cache=cache, text=text, remainder="short")
+        cache = fill_cache(manifest, vae, request.cache or request.output / "latents", here.world)
+        size, began_with = config.loop.batch_size, here.share.began_with
+        # one process looks at the batches that all train on together, in parts that fit
+        batches = BatchLoader(
+            manifest,
+            size,
+            cache=cache,
+            text=text,
+            together=size * began_with,
+            parts=began_with,
+            remainder="short",
+        )
         found.append(Validation(task, batches, config))
     if plans:
         found.append(Samples(task.module, vae, plans, config, request.output, export))

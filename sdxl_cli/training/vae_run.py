@@ -82,8 +82,9 @@ def train_vae(request: VAERequest) -> VAEResult:
     config = request.config
     images = _images(request.data, max(config.crop_sizes))
     held_out = _images((request.validation,), 1) if request.validation else None
+    perceptual = _perceptual(request, torch.device("cpu"))
     with session(request.output, config, resume=request.resume, shards=False) as here:
-        perceptual = _perceptual(request, here.device)
+        perceptual = perceptual and perceptual.to(here.device)
         torch.manual_seed(config.loop.seed)
         vae, is_new = build(config, request.init)
         task = _task(vae.to(here.device), images, config, perceptual)

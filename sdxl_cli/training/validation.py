@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,7 @@ class Validation:
 
     Every picture is seen with its whole text at some noise levels spread over those that are trained. Pictures,
     levels and noise are functions of the manifest alone, so that the numbers of two steps, or of two runs on the same
-    data at the same batch size, differ by the weights only.
+    data at the same batch size over all processes, differ by the weights only.
     """
 
     def __init__(self, task: UNetTask, batches: BatchLoader, config: UNetTrainConfig) -> None:
@@ -49,20 +50,22 @@ class Validation:
         assert isinstance(module, SDXL)
         task = self.task if module is self.task.module else replace(self.task, module=module)
         rows: list[dict[str, float]] = []
-        seen = 0
-        for step in range(self.batches.sampler.batches_per_epoch):
+        sampler, seen = self.batches.sampler, 0
+        for step in range(sampler.batches_per_epoch):
             batch = self.batches.batch(step)
-            for part in range(self.config.validate_levels):
-                generator = torch.Generator("cpu").manual_seed(step * self.config.validate_levels + part)
-                levels = self._levels(seen, len(batch), part)
-                errors = task.evaluate(batch, levels, generator)
+            places = [place for place, weight in zip(batch.places, batch.weight, strict=True) if weight]
+            for part in range(self.config.validate_levels if places else 0):
+                seed = step // sampler.parts * self.config.validate_levels + part
+                levels = self._levels([seen + place for place in places], part)
+                errors = task.evaluate(batch, levels, torch.Generator("cpu").manual_seed(seed))
                 rows.append(
                     {"loss": Mean(float(errors.mean()), len(errors)), **by_level(errors, levels.index)}
                 )
-            seen += len(batch)
+            if step % sampler.parts == sampler.parts - 1:
+                seen += sampler.together
         return dict(sorted(merged(rows).items()))
 
-    def _levels(self, first: int, count: int, part: int) -> Levels:
-        """Part ``part`` of the levels of pictures ``first`` …: each picture at another place of the part."""
-        places = (torch.arange(first, first + count, dtype=torch.float64) * GOLDEN) % 1.0
+    def _levels(self, numbers: Sequence[int], part: int) -> Levels:
+        """Part ``part`` of the levels of pictures by number: each picture at another place of the part."""
+        places = (torch.tensor(numbers, dtype=torch.float64) * GOLDEN) % 1.0
         return self.task.drawing.spread(((part + places) / self.config.validate_levels).float())

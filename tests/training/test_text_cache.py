@@ -61,7 +61,9 @@ def test_a_cached_run_has_the_losses_of_a_run_that_encodes(
     train_unet(replace(asked, output=tmp_path / "cached"))
     assert len(losses(asked.output)) == 5
     # features of a caption alone and in a batch differ by rounding
-    assert losses(tmp_path / "cached") == pytest.approx(losses(asked.output), rel=1e-6)
+    assert losses(tmp_path / "cached") == pytest.approx(
+        losses(asked.output), rel=3e-6
+    )  # lines have six digits
 
 
 def test_features_are_stored_in_half_and_filled_on_demand(

@@ -134,7 +134,7 @@ def main(jobs: Path) -> None:
     said = jobs.with_suffix(".said")
     found = []
     warm = Path(f"{jobs}.warm")  # those who are forked find everything imported
-    unet(**asked[0][2] | {"output": str(warm), "max_steps": 1})
+    unet(**asked[0][2] | {"output": str(warm), "max_steps": 1, "watched": False})
     for processes, name, arguments in asked:
         said.write_text("")
         found.append([job(processes, name, arguments, said), said.read_text()])
