@@ -294,11 +294,11 @@ class UNet(nn.Module):
             if isinstance(module, ResBlock | Upsample):
                 module.fast = fast
 
-    def compile_blocks(self) -> None:
-        """Let torch compile the blocks, each kind once per shape, at their first call."""
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Let torch compile the blocks, each kind once per shape, at their first call; ``backend`` is torch's."""
         for module in self.modules():
             if isinstance(module, ResBlock | Attention | FeedForward):
-                module.compile()
+                module.compile(backend=backend)
 
     def _evaluate(self, x: Tensor, timesteps: Tensor, context: Context, label: Tensor) -> Tensor:
         if self.fast and not torch.is_grad_enabled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,3 +126,20 @@ def test_fast_convolutions_change_nothing_but_rounding(unet: UNet, size: tuple[i
     assert made.is_contiguous()
     assert not torch.equal(made, expected), "another way was taken"
     assert relative(made, expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_nothing_but_rounding(unet: UNet) -> None:
+    """Traced whole and run without a code generator, which not every machine has."""
+    import torch._dynamo  # seconds, which the other tests need not wait
+
+    torch._dynamo.reset()
+    compiled = copy.deepcopy(unet)
+    compiled.compile_blocks(backend="eager")
+    text, vector = conditions()
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([700, 700])
+    made = compiled.step(x, t, compiled.prepare(text, vector))
+    assert relative(made, unet.step(x, t, unet.prepare(text, vector))) < 1e-5
+    kinds = torch._dynamo.utils.counters
+    assert kinds["stats"]["unique_graphs"] > 0
+    assert not kinds["graph_break"]
