@@ -15,7 +15,7 @@ from sdxl_cli.generation.latents import save_latents
 from sdxl_cli.generation.picture import read_texts
 
 TRAINING = ["--set", "model=tiny", "--set", "loop.max_steps=1", "--set", "loop.batch_size=1"]
-AS_BUNDLED = ["--set", "prediction=eps", "--set", "zero_terminal_snr=false"]
+AS_BUNDLED = ["--set", "prediction=v", "--set", "zero_terminal_snr=false"]
 COMMANDS: dict[str, list[str]] = {
     "generate": ["a red cup", "--model", "bundled", "--steps", "1", "--size", "128x128", "-o", "made.png"],
     "refine": ["made.png", "--refiner", "bundled", "--steps", "2", "--strength", "0.9", "-o", "refined"],

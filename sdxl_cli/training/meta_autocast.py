@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 LOWERED = frozenset(
-    {F.linear, torch.conv2d, F.conv2d, torch.matmul, torch.bmm, F.scaled_dot_product_attention}
+    {
+        F.linear,
+        torch.conv2d,
+        F.conv2d,
+        torch.matmul,
+        torch.bmm,
+        F.scaled_dot_product_attention,
+        F.multi_head_attention_forward,
+    }
 )
 RAISED = frozenset({F.group_norm, F.layer_norm, torch.group_norm, torch.layer_norm, F.softmax})
 """What CUDA's autocast computes in 16 and in 32 bits, of the operations of our networks

@@ -208,6 +208,8 @@ def test_the_sizes_told_at_first_are_scaled_as_in_fooocus(models: dict[str, Path
 class Alone:
     """A U-Net as weights."""
 
+    recorded = None
+
     def __init__(self, network: nn.Module, formulation: Formulation) -> None:
         self.network, self.formulation, self.config = network, formulation, PEER
 

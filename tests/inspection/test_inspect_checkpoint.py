@@ -289,7 +289,7 @@ def test_the_page_for_people(capsys: Capture) -> None:
         "an SDXL base model",
         "U-Net",
         "CLIP-L",
-        "predicts: eps",
+        "predicts: v",
         "AutoV2",
         "sound: every tensor",
     ):
