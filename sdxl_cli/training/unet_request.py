@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdxl_cli.checkpoint.files import ModelFiles
@@ -101,6 +101,20 @@ def require_inputs(request: UNetRequest) -> Path:
         raise UsageError(f"training {config.model} needs {' and '.join(missing)}")
     assert request.data is not None
     return request.data
+
+
+def as_the_model_predicts(request: UNetRequest) -> UNetRequest:
+    """The request of a LoRA or an embedding, told what the model that it is for predicts, where it says nothing else.
+
+    That model stays as it is, and so does what it says; a stage that trains the model must be told.
+    """
+    config = request.config
+    said = Formulation(config.prediction, config.zero_terminal_snr)
+    if not config.builds_on or config.allow_other_prediction or said != Formulation():
+        return request
+    files = base_of(request)
+    theirs = {"prediction": files.prediction, "zero_terminal_snr": files.identity.zero_terminal_snr}
+    return replace(request, config=replace(config, **theirs))
 
 
 def require_same_prediction(files: ModelFiles, config: UNetTrainConfig) -> None:

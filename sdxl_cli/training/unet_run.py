@@ -39,6 +39,7 @@ from sdxl_cli.training.session import Session, session
 from sdxl_cli.training.text_cache import DTYPES, cached_text
 from sdxl_cli.training.unet_request import (
     UNetRequest,
+    as_the_model_predicts,
     base_of,
     named,
     require_captions,
@@ -68,8 +69,10 @@ def train_unet(request: UNetRequest) -> UNetResult:
         UsageError, FileError: the request does not fit together.
         NumericError, Interrupted: see :class:`~sdxl_cli.training.loop.Run`.
     """
+    data = require_inputs(request)
+    request = as_the_model_predicts(request)
     config = request.config
-    manifest = _manifest(require_inputs(request), config)
+    manifest = _manifest(data, config)
     plans = sample_plans(request.sample_lines, config)
     with session(request.output, config, resume=request.resume, shards=not config.builds_on) as here:
         torch.manual_seed(config.loop.seed)
@@ -113,8 +116,10 @@ def try_unet(request: UNetRequest) -> Measured:
     Raises:
         UsageError, FileError, NumericError: as :func:`train_unet`.
     """
+    data = require_inputs(request)
+    request = as_the_model_predicts(request)
     config = request.config
-    manifest = _manifest(require_inputs(request), config)
+    manifest = _manifest(data, config)
     device = training_device(config.loop)
     torch.manual_seed(config.loop.seed)
     vae = _vae(request)

@@ -188,3 +188,15 @@ def test_the_command_makes_pictures_with_the_word_on_the_way(
     assert max(high) <= 1
     assert cli.run(["train-embedding", "--data", str(asked.data)]) == 2
     assert "give --word" in capsys.readouterr().err
+
+
+def test_it_learns_what_its_model_predicts(asked: UNetRequest, tmp_path: Path) -> None:
+    """A model for v gets a word without being told; one that is trained itself must be told."""
+    model = load_model(locate(asked.init, "model"), dtype=torch.float32, vae_dtype=torch.float32)
+    path = tmp_path / "v.safetensors"
+    save_model(path, model, model.config, prediction="v")
+    train_unet(replace(asked, init=str(path)))
+    assert 'prediction = "v"' in (asked.output / "config.resolved.toml").read_text()
+    whole = unet_config(max_steps=1)
+    with pytest.raises(UsageError, match="predicts v, the configuration says eps"):
+        train_unet(replace(asked, init=str(path), config=whole, output=tmp_path / "whole"))
