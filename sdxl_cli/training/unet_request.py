@@ -113,8 +113,8 @@ def as_the_model_predicts(request: UNetRequest) -> UNetRequest:
     if not config.builds_on or config.allow_other_prediction or said != Formulation():
         return request
     files = base_of(request)
-    theirs = {"prediction": files.prediction, "zero_terminal_snr": files.identity.zero_terminal_snr}
-    return replace(request, config=replace(config, **theirs))
+    theirs = replace(config, prediction=files.prediction, zero_terminal_snr=files.identity.zero_terminal_snr)
+    return replace(request, config=theirs)
 
 
 def require_same_prediction(files: ModelFiles, config: UNetTrainConfig) -> None:

@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sdxl_cli import cli
+from sdxl_cli.checkpoint.locate import locate
+from sdxl_cli.checkpoint.read import load_model
 from sdxl_cli.checkpoint.tensor_file import TensorFile
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.unet import initialize
@@ -49,23 +51,22 @@ def pixels(path: Path) -> Any:
     return np.asarray(Image.open(path).convert("RGB"), dtype=np.float64) / 255
 
 
+def through_the_autoencoder(path: Path) -> Any:
+    """What the bundled model's autoencoder makes of a picture."""
+    model = load_model(locate("bundled", "model"), dtype=torch.float32, vae_dtype=torch.float32)
+    image = torch.tensor(pixels(path), dtype=torch.float32).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        decoded = model.vae.decode(model.vae.encode(image * 2 - 1).mean)
+    return (decoded[0].permute(1, 2, 0).clamp(-1, 1).numpy() + 1) / 2
+
+
 @pytest.mark.slow
 def test_two_pictures_are_learnt_by_heart_and_made_again(tmp_path: Path) -> None:
     """The bundled model, fine-tuned on them alone, comes to a loss near zero and makes them from their captions."""
     manifest = draw(tmp_path / "pictures")
     train = ["train-unet", "--preset", "finetune-tiny", "--init", "bundled", "-d", str(manifest), "-q"]
-    train += [
-        "-o",
-        "run",
-        "--max-steps",
-        "160",
-        "--batch-size",
-        "8",
-        "--accumulate",
-        "1",
-        "--learning-rate",
-        "2e-3",
-    ]
+    train += ["-o", "run", "--max-steps", "120", "--batch-size", "8", "--accumulate", "1"]
+    train += ["--learning-rate", "2e-3"]
     values = [
         "prediction=v",
         f"native_size={SIDE}",
@@ -81,20 +82,14 @@ def test_two_pictures_are_learnt_by_heart_and_made_again(tmp_path: Path) -> None
     for name, caption in CAPTIONS.items():
         make = ["generate", caption, "--model", "run/model.safetensors", "--size", f"{SIDE}x{SIDE}", "-q"]
         assert cli.run([*make, "--steps", "12", "--cfg-scale", "1", "--seed", "5", "-o", f"{name}.png"]) == 0
+    # as good as the autoencoder lets them be: it alone is 0.08 and 0.10 off at this size
+    goals = {name: through_the_autoencoder(tmp_path / "pictures" / f"{name}.png") for name in CAPTIONS}
     for name in CAPTIONS:
-        errors = {
-            other: float(
-                np.sqrt(
-                    np.square(
-                        pixels(Path(f"{name}.png")) - pixels(tmp_path / "pictures" / f"{other}.png")
-                    ).mean()
-                )
-            )
-            for other in CAPTIONS
-        }
+        made = pixels(Path(f"{name}.png"))
+        errors = {other: float(np.sqrt(np.square(made - goal).mean())) for other, goal in goals.items()}
         print(name, errors)
-        assert errors[name] < 0.08
-        assert min(value for other, value in errors.items() if other != name) > 0.3
+        assert errors.pop(name) < 0.08
+        assert min(errors.values()) > 0.3
 
 
 def errors_by_level(task: UNetTask, levels: Tensor) -> Tensor:
