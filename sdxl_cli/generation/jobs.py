@@ -120,21 +120,22 @@ class Workshop:
             SdxlError: of any kind; the text begins with where the job comes from.
         """
         try:
-            require_prompts_fit(job.request)
-            files, models = self._open(job.request)
-            request = job.request
-            if self._few_steps is not None:
-                request = self._few_steps(request, files, job.stated)
-            configs = [model.config for model in files]
-            buckets = self._buckets(configs[0].native_size) if request.size else ()
-            plan = plan_generation(request, *configs, buckets=buckets, formulation=models.base.formulation)
-            if self._few_steps is not None and isinstance(plan.request, GenerateRequest):
-                self._few_steps.check(plan.request, files)
-            self._warn_of_ineffective(request)
+            return self._settle(job)
         except SdxlError as error:
-            if not job.where or str(error).startswith(job.where):
-                raise
-            raise type(error)(f"{job.where}: {error}") from error
+            raise type(error)(_told([job.where], str(error))) from error
+
+    def _settle(self, job: Job) -> Settled:
+        require_prompts_fit(job.request)
+        files, models = self._open(job.request)
+        request = job.request
+        if self._few_steps is not None:
+            request = self._few_steps(request, files, job.stated)
+        configs = [model.config for model in files]
+        buckets = self._buckets(configs[0].native_size) if request.size else ()
+        plan = plan_generation(request, *configs, buckets=buckets, formulation=models.base.formulation)
+        if self._few_steps is not None and isinstance(plan.request, GenerateRequest):
+            self._few_steps.check(plan.request, files)
+        self._warn_of_ineffective(request)
         return Settled(job=replace(job, request=request), files=files, plan=plan, models=models)
 
     def _warn_of_ineffective(self, request: GenerateRequest) -> None:
@@ -147,18 +148,19 @@ class Workshop:
         """Settle all jobs; those of one model follow each other, otherwise the order stays.
 
         Raises:
-            SdxlError: a job is wrong; when several are, the text has them all.
+            SdxlError: a job is wrong; when several are, the text has each reason once.
         """
         settled: list[Settled] = []
-        wrong: list[SdxlError] = []
+        kind: type[SdxlError] = SdxlError
+        wrong: dict[str, list[str]] = {}
         for job in jobs:
             try:
-                settled.append(self.settle(job))
+                settled.append(self._settle(job))
             except SdxlError as error:
-                if not any(str(error) == str(other) for other in wrong):
-                    wrong.append(error)
+                kind = kind if wrong else type(error)
+                wrong.setdefault(str(error), []).append(job.where)
         if wrong:
-            raise type(wrong[0])("; ".join(map(str, wrong)))
+            raise kind("; ".join(_told(places, reason) for reason, places in wrong.items()))
         order = {id(models): index for index, (_, models) in enumerate(self._opened.values())}
         return sorted(settled, key=lambda one: order[id(one.models)])
 
@@ -177,6 +179,15 @@ class Workshop:
             models = Models(base=weights[0], refiner=weights[1] if len(weights) > 1 else None)
             self._opened[key] = (files, models)
         return self._opened[key]
+
+
+def _told(places: Sequence[str], reason: str) -> str:
+    """A reason after the first of the jobs that it holds for: ``prompts.txt:1 and 3 more: …``."""
+    first = places[0]
+    if not first or reason.startswith(first):
+        return reason
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    return f"{first}{more}: {reason}"
 
 
 def labelled(settled: Sequence[Settled], index: int) -> str:
