@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.read import load_vae
-from sdxl_cli.errors import UsageError
+from sdxl_cli.errors import NumericError, UsageError
 from sdxl_cli.evaluation.distribution import few
 from sdxl_cli.evaluation.networks import Networks, scattered, to_images, to_levels
 from sdxl_cli.evaluation.pictures import Pictures, Pixels
@@ -57,6 +57,7 @@ def reconstructed(
     Raises:
         FileError: the folder was begun with other settings, or no picture can be used.
         UsageError: pictures of this size do not go through the autoencoder.
+        NumericError: the autoencoder gives NaN or infinity.
     """
     factor = files.config.vae.downsampling
     if pictures.framing.size % factor:
@@ -120,7 +121,21 @@ class _Work:
                 for row in numbers
             ]
             latents = moments.sample(torch.stack(noise).to(device, self.dtype))
-        return to_levels(self._vae.decode(latents))
+        decoded = self._vae.decode(latents)
+        self._require_finite(decoded, numbers)
+        return to_levels(decoded)
+
+    def _require_finite(self, decoded: Tensor, numbers: Sequence[int]) -> None:
+        """Refuse what 8 bits would show as black or white."""
+        finite = decoded.isfinite().flatten(1).all(dim=1).tolist()
+        broken = [
+            self.pictures.items[row].path for row, whole in zip(numbers, finite, strict=True) if not whole
+        ]
+        if broken:
+            raise NumericError(
+                f"--vae {self.files.name} makes NaN or infinity of {broken[0]} in "
+                f"{str(self.dtype).removeprefix('torch.')}; use --vae-dtype fp32, or another autoencoder"
+            )
 
 
 def pair_columns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from sdxl_cli import cli
+from sdxl_cli.checkpoint.write import save_vae
 from sdxl_cli.evaluation.reconstruction import _Work
 from sdxl_cli.evaluation.table import Columns
 from sdxl_cli.metrics.lpips import load_lpips
 from sdxl_cli.model.vae import Autoencoder
-from tests.evaluation.conftest import scores
+from tests.evaluation.conftest import SMALL, scores
 
 Run = Callable[..., dict[str, Any]]
 
@@ -140,3 +142,18 @@ def test_lpips_that_is_missing_is_asked_for(
         cli.run(["eval", "reconstruction", str(sets[0]), "--vae", str(vae_file), "--metrics", "lpips"]) == 6
     )
     assert "vgg16-397923af.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_autoencoder_that_gives_nan_has_no_score(
+    sets: tuple[Path, Path], vae: Autoencoder, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    state["decoder.conv_out.bias"].fill_(value)
+    save_vae(Path("broken.safetensors"), state, SMALL)
+    args = ["--vae", "broken.safetensors", "--size", "32", "--metrics", "psnr", "-o", "a", "--device", "cpu"]
+    assert cli.run(["eval", "reconstruction", str(sets[0]), *args]) == 4
+    said = capsys.readouterr().err
+    assert "--vae broken makes NaN or infinity of 000.png" in said
+    assert "use --vae-dtype fp32" in said
+    assert not Path("a/results.json").exists()

@@ -300,4 +300,6 @@ def test_flags_that_make_no_sense(generate: Generate, args: list[str], words: st
 def test_what_is_wrong_with_every_line_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     Path("three.txt").write_text("a cup\na cat\na dog\n")
     assert cli.run(["generate", "--prompts-file", "three.txt", "-m", "none.safetensors"]) == 3
-    assert capsys.readouterr().err == "sdxl: three.txt:1 and 2 more: none.safetensors: no such file or folder\n"
+    assert (
+        capsys.readouterr().err == "sdxl: three.txt:1 and 2 more: none.safetensors: no such file or folder\n"
+    )
