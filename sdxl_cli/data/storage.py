@@ -189,6 +189,19 @@ class Storage:
             raise Refused("empty")
         return data
 
+    def stamp(self, name: str) -> str:
+        """Size in bytes and time of change in ns of the file that holds what a name stands for: other content has
+        another stamp. Empty where there is no such file, or it is not on this machine.
+        """
+        if not isinstance(self.files, LocalFiles):
+            return ""
+        container, _ = self._split(name)
+        try:
+            status = (self.files.root / (container or name)).stat()
+        except OSError:
+            return ""
+        return f"{status.st_size} {status.st_mtime_ns}"
+
     def tar(self, name: str) -> TarIndex:
         """The members of a tar.
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -121,12 +122,19 @@ class Pictures:
 
     def settings(self) -> dict[str, Any]:
         """What decides about the numbers, for the record."""
-        names = "\n".join(item.path for item in self.items)
         return {
             "pictures": str(self.source.resolve()),
-            "names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+            "files_sha256": self._files_sha256,
             **self.framing.settings(),
         }
+
+    @cached_property
+    def _files_sha256(self) -> str:
+        """Of the names, sizes and times of change, as they are when the run begins: pictures that were drawn anew
+        under their old names are other pictures.
+        """
+        lines = (f"{item.path}\t{self.storage.stamp(item.path)}\n" for item in self.items)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def open_pictures(source: Path, framing: Framing, limit: int = 0) -> Pictures:

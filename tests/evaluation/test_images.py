@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 
 from sdxl_cli import cli
 from sdxl_cli.evaluation.distribution import read_statistics
+from sdxl_cli.evaluation.pictures import Framing, open_pictures
 from tests.evaluation.conftest import draw, scores
 
 Run = Callable[..., dict[str, Any]]
@@ -115,6 +117,30 @@ def test_clip_score_of_captions(
         bare = ["eval", "images", str(sets[0]), "--metrics", "clip", "--clip-model", str(clip_folder), *more]
         assert cli.run(bare) == 2
         assert says in capsys.readouterr().err
+
+
+def test_pictures_that_changed_are_measured_again(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Same names, other pictures."""
+    one = draw(Path("one"), 1, 0)
+    args = ("images", one, "--reference", draw(Path("other"), 1, 1), "--metrics", "psnr")
+    before = scores(run(*args))["PSNR"]["value"]
+    assert scores(run(*args))["PSNR"]["value"] == before
+    run(*args, "-o", "a")
+    (draw(Path("after"), 1, 2) / "000.png").replace(one / "000.png")
+    assert scores(run(*args))["PSNR"]["value"] != before
+    assert cli.run(["eval", *map(str, args), "-o", "a"]) == 3
+    assert "was begun with other settings (files_sha256" in capsys.readouterr().err
+
+
+def test_a_tar_that_changed_is_another_set_of_pictures(own_place: Path) -> None:
+    found = []
+    for seed in (0, 1):
+        picture = draw(Path(str(seed)), 1, seed) / "000.png"
+        with tarfile.open("one.tar", "w") as tar:
+            tar.add(picture, "000.png")
+        found.append(open_pictures(Path("one.tar"), Framing()).settings())
+    assert found[0]["files_sha256"] != found[1]["files_sha256"]
+    assert open_pictures(Path("one.tar"), Framing()).settings() == found[1]
 
 
 def test_pairs_by_name(lpips_file: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
