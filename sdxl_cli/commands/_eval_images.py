@@ -70,7 +70,7 @@ def command(
     given = dict(locals())
     console = consoles.configure(quiet=quiet, json=as_json)
 
-    from sdxl_cli.evaluation.distribution import measured, scores_of
+    from sdxl_cli.evaluation.distribution import measured, scores_of, text_settings
     from sdxl_cli.evaluation.networks import Networks
     from sdxl_cli.evaluation.pictures import open_pictures
     from sdxl_cli.evaluation.reconstruction import PAIRED, pair_scores
@@ -86,7 +86,8 @@ def command(
     )
     found = open_pictures(pictures, frame, limit)
     texts = _texts(found, prompts) if "clip" in wanted else None
-    folder = shared.place(output, "images", {**found.settings(), **networks.settings(), **given})
+    asked = {**found.settings(), **networks.settings(), **text_settings(texts)}
+    folder = shared.place(output, "images", {**asked, **given})
     console.note(f"{len(found)} of {found.found} pictures; into {folder}")
     scores: list[Score] = []
     other, warnings = shared.reference(given, wanted, frame, folder, console)
@@ -104,8 +105,7 @@ def command(
     shared.tell_unusable(found.unusable(), console)
     rows = [Row(name=str(pictures), scores=tuple(scores))]
     settings = {
-        **found.settings(),
-        **networks.settings(),
+        **asked,
         "reference": other.settings if other else reference,
         "drawing": shared.drawing(given),
         "found": found.found,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def measured(
     Raises:
         FileError: the folder was begun with other settings, or no picture can be used.
     """
-    settings = {**pictures.settings(), **networks.settings(), "batch": batch}
+    settings = {**pictures.settings(), **networks.settings(), **text_settings(texts), "batch": batch}
     table = Table(folder, len(pictures), settings)
 
     def compute(rows: range) -> Columns:
@@ -104,6 +105,13 @@ def measured(
     table.fill(compute, batch=batch, description=description)
     pictures.require_some(table.unusable())
     return table
+
+
+def text_settings(texts: Sequence[str] | None) -> dict[str, Any]:
+    """For the record: which texts pictures were held against, where they were."""
+    if texts is None:
+        return {}
+    return {"texts_sha256": hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()}
 
 
 def clip_columns(networks: Networks, pictures: Sequence[Pixels], texts: Sequence[str]) -> Columns:

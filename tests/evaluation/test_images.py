@@ -143,6 +143,22 @@ def test_a_tar_that_changed_is_another_set_of_pictures(own_place: Path) -> None:
     assert open_pictures(Path("one.tar"), Framing()).settings() == found[1]
 
 
+def test_other_texts_are_another_measurement(
+    sets: tuple[Path, Path], clip_folder: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("images", sets[0], "--metrics", "clip", "--clip-model", clip_folder, "--prompts", "texts.txt")
+    found = []
+    for animal in ("cats", "dogs"):
+        Path("texts.txt").write_text("".join(f"a picture of {number} {animal}\n" for number in range(6)))
+        found.append(run(*args))
+        assert len(found[-1]["settings"]["texts_sha256"]) == 64
+    assert scores(found[0]) != scores(found[1])
+    run(*args, "-o", "a")
+    Path("texts.txt").write_text("something else\n" * 6)
+    assert cli.run(["eval", *map(str, args), "-o", "a"]) == 3
+    assert "was begun with other settings (texts_sha256" in capsys.readouterr().err
+
+
 def test_pairs_by_name(lpips_file: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = draw(Path("one"), 3, 0), draw(Path("other"), 4, 1)
     args = ("--metrics", "psnr,ssim,lpips", "--lpips-net", "alex", "--lpips-weights", lpips_file)
