@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdxl_cli import console as consoles
 from sdxl_cli.commands import _measuring as shared
 from sdxl_cli.commands._options import Json, Quiet
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdxl_cli.checkpoint.files import ModelFiles
 
 
 def command(
@@ -62,7 +68,7 @@ def command(
     from sdxl_cli.evaluation.pictures import open_pictures
     from sdxl_cli.evaluation.reconstruction import METRICS, POSTERIORS, reconstructed, reconstruction_scores
     from sdxl_cli.evaluation.scores import TABLE_3, Row, parse_metrics, write_results
-    from sdxl_cli.generation.device import pick_device, pick_vae_dtype
+    from sdxl_cli.generation.device import NAMES
 
     wanted = parse_metrics(metrics, METRICS)
     if not size:
@@ -72,10 +78,9 @@ def command(
     found = open_pictures(pictures, shared.framing(size, filter_name), limit)
     folder = shared.place(output, "reconstruction", {**found.settings(), **networks.settings(), **given})
     console.note(f"{len(found)} of {found.found} pictures at {size} pixels; into {folder}")
-    precision = shared.choice(vae_dtype, "--vae-dtype", ("auto", "fp32", "bf16", "fp16"))
-    dtype = pick_vae_dtype(precision, pick_device(device))
+    dtype = _precision(vae_dtype, device)
     rows, warnings = [], []
-    for files in autoencoders:
+    for files, row in zip(autoencoders, _row_names(autoencoders), strict=True):
         console.note(f"autoencoder: {files.describe('--vae')}")
         table = reconstructed(
             found,
@@ -88,7 +93,7 @@ def command(
             dtype=dtype,
         )
         scores, said = reconstruction_scores(table, wanted)
-        rows.append(Row(name=files.name, scores=tuple(scores)))
+        rows.append(Row(name=row, scores=tuple(scores)))
         warnings += said
     shared.tell_unusable(found.unusable(), console)
     settings = {
@@ -97,6 +102,8 @@ def command(
         "limit": limit,
         "found": found.found,
         "posterior": posterior,
+        "vae": [{"name": files.name, "sha256": files.sha256} for files in autoencoders],
+        "dtype": NAMES[dtype],
     }
     content, path = write_results(
         folder,
@@ -108,3 +115,22 @@ def command(
         unusable=found.unusable(),
     )
     shared.show(console, rows, warnings=warnings, paper=TABLE_3, path=path, content=content)
+
+
+def _precision(name: str, device: str) -> torch.dtype:
+    """``--vae-dtype``. What is published was computed in fp32, so that is ``auto`` on every device: on a GPU, where
+    ``sdxl generate`` takes bf16, too.
+    """
+    from sdxl_cli.generation.device import pick_device, pick_vae_dtype
+
+    chosen = shared.choice(name, "--vae-dtype", ("auto", "fp32", "bf16", "fp16"))
+    return pick_vae_dtype("fp32" if chosen == "auto" else chosen, pick_device(device))
+
+
+def _row_names(autoencoders: Sequence[ModelFiles]) -> list[str]:
+    """What each is called in the table: those of one name have their hash beside it."""
+    names = [files.name for files in autoencoders]
+    return [
+        f"{files.name} ({files.short_hash})" if names.count(files.name) > 1 else files.name
+        for files in autoencoders
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from sdxl_cli import cli
 from sdxl_cli.checkpoint.write import save_vae
+from sdxl_cli.commands._eval_reconstruction import _precision
 from sdxl_cli.evaluation.reconstruction import _Work
 from sdxl_cli.evaluation.table import Columns
 from sdxl_cli.metrics.lpips import load_lpips
@@ -124,6 +126,33 @@ def test_several_autoencoders_are_rows_of_one_table(
     assert "sdxl-tiny-base" in shown
     assert "Table 3" in shown
     assert "24.7" in shown
+
+
+def test_autoencoders_of_one_name_are_told_apart(
+    sets: tuple[Path, Path], vae: Autoencoder, vae_file: Path, run: Run
+) -> None:
+    Path("other").mkdir()
+    state = {name: tensor * 0.9 for name, tensor in vae.state_dict().items()}
+    save_vae(Path("other") / vae_file.name, state, SMALL)
+    args = ("reconstruction", sets[0], "--size", 32, "--metrics", "psnr", "--limit", 2, "-o", "a")
+    files = (vae_file, Path("other") / vae_file.name)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    both = run(*args, "--vae", files[0], "--vae", files[1])
+    assert [row["name"] for row in both["results"]] == [f"small ({digest[:10]})" for digest in hashes]
+    one, other = (run(*args, "--vae", path) for path in files)
+    assert one["settings"]["vae"] == [{"name": "small", "sha256": hashes[0]}]
+    assert one["settings"]["dtype"] == "fp32"
+    assert one["results"][0]["name"] == other["results"][0]["name"] == "small"
+    assert len(list(Path("a").glob("results*.json"))) == 3
+
+
+def test_the_autoencoder_computes_in_fp32_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that has bf16, too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert _precision("auto", "cuda") == _precision("fp32", "cuda") == torch.float32
+    assert _precision("bf16", "cuda") == torch.bfloat16
 
 
 def test_sizes_that_do_not_fit_are_refused(
