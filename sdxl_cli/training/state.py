@@ -58,7 +58,8 @@ def save_state(
     keep: int = 2,
     world: World = ALONE,
 ) -> Path:
-    """Add a state, then remove those older than the ``keep`` newest. All processes of a run call it together.
+    """Add a state, then remove those of later steps and all but the ``keep`` newest up to it. All processes of a run
+    call it together.
 
     The folder gets its name when everything in it is on the disk: a kill at any moment leaves the states before it.
 
@@ -67,7 +68,7 @@ def save_state(
         step: names the state.
         tensors: weights, averages and optimizer moments, by name; this process's shards where they are sharded.
         values: JSON values; the leading process's are kept.
-        keep: states, at least one.
+        keep: states, at least one, this one among them.
         world: the processes.
 
     Raises:
@@ -175,8 +176,15 @@ def _finish(path: Path, unfinished: Path, keep: int) -> None:
         sync(path.parent)
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror}") from error
-    for old in [*states(path.parent.parent)[keep:], *path.parent.glob(".step-*")]:
-        shutil.rmtree(old, ignore_errors=True)
+    for gone in [*_not_kept(path, keep), *path.parent.glob(".step-*")]:
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _not_kept(path: Path, keep: int) -> list[Path]:
+    """The states of later steps, which are damaged or the run went on from before them; and those that are too old."""
+    found, step = states(path.parent.parent), _step(path)
+    later = [one for one in found if _step(one) > step]
+    return later + [one for one in found if _step(one) <= step][keep:]
 
 
 def _damage(path: Path, world: World) -> str | None:

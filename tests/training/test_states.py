@@ -99,6 +99,16 @@ def test_a_damaged_state_is_said_and_the_one_before_is_taken(
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["step-00000005", "step-00000010"]
 
 
+def test_a_state_saved_after_a_fall_back_stays_and_the_damaged_ones_go(tmp_path: Path) -> None:
+    """With another ``save_every`` the next step that is saved may be before those that are damaged."""
+    saved(tmp_path, 5, 10, 15, keep=3)
+    for path in states(tmp_path)[:2]:
+        spoil(path, "cut off")
+    saved(tmp_path, 7)
+    assert [path.name for path in states(tmp_path)] == ["step-00000007", "step-00000005"]
+    assert_is(tmp_path, 7)
+
+
 def test_without_a_whole_state_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="has no training state; give --output"):
         find_state(tmp_path)
