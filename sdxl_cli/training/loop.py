@@ -161,6 +161,7 @@ class Run:
         if not done:
             # of whoever draws beside the loop, as dropout does: other numbers in every process
             torch.manual_seed(self.config.seed + 1_000_003 * self.world.rank)
+            self.log.rewind(0, [])  # lines of a run that was killed before its first state
         self.world.by_lead(lambda: require_room(self.folder / STATES, least_size(self.players)))
         if self.world.leads:
             self.log.sinks = trackers(self.config.log_to, self.folder, done, self.record)

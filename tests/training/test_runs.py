@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -106,6 +107,16 @@ def test_a_failure_while_saving_leaves_the_last_good_state(
     train(folder, 6, True)
     train(tmp_path / "whole", 6, False)
     assert_same_runs(tmp_path / "whole", folder)
+
+
+def test_a_run_killed_before_its_first_state_leaves_no_lines(train: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 2, "loss": 9.0}\n{"step": 4, "loss": 9.0}\n{"st')
+    train(folder, 2, False)
+    (line,) = (folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 2
+    assert json.loads(line)["loss"] != 9.0
 
 
 def test_a_leftover_of_a_killed_save_disturbs_nobody(train: Train, tmp_path: Path) -> None:
