@@ -41,7 +41,11 @@ class Validation:
         with run.shown() as module:
             if module is None:
                 return
-            means = self.measure(module)
+            module.eval()  # without the dropout of a LoRA
+            try:
+                means = self.measure(module)
+            finally:
+                module.train()
         run.log.write({"step": done, **{f"validation_{key}": value for key, value in means.items()}})
         console().note(f"step {done}: validation loss {means['loss']:.4f}")
 

@@ -20,10 +20,12 @@ from sdxl_cli.checkpoint.write import save_model
 from sdxl_cli.errors import FileError, UsageError
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.training import unet_run
+from sdxl_cli.training.adapted import Adapter
 from sdxl_cli.training.config import LoraConfig
 from sdxl_cli.training.state import load_state
 from sdxl_cli.training.unet_request import UNetRequest, starting_points
 from sdxl_cli.training.unet_run import train_unet, try_unet
+from sdxl_cli.training.unet_task import UNetTask
 from tests.training.files import assert_same_bits, tensors
 from tests.training.small import SMALL_REFINER, unet_config
 
@@ -93,6 +95,31 @@ def test_the_state_has_the_adapters_alone_and_two_halves_are_a_whole(asked: UNet
     assert all("adapter" in name for name in one if not name.startswith("random."))
     base = Path(str(asked.init)).stat().st_size
     assert sum(value.nbytes for value in one.values()) < base / 4
+
+
+def test_validation_leaves_nothing_of_the_change_out(
+    asked: UNetRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout is of training."""
+    seen: list[tuple[str, bool]] = []
+
+    def watched(name: str) -> Any:
+        original = getattr(UNetTask, name)
+
+        def call(task: UNetTask, *args: Any) -> Any:
+            seen.append((name, any(m.training for m in task.module.modules() if isinstance(m, Adapter))))
+            return original(task, *args)
+
+        return call
+
+    for name in ("step", "evaluate"):
+        monkeypatch.setattr(UNetTask, name, watched(name))
+    drops = config(lora=replace(LORA, dropout=0.5), validate_every=1, max_steps=2)
+    train_unet(replace(asked, config=drops, validation=asked.data))
+    assert set(seen) == {("step", True), ("evaluate", False)}
+    assert [name for name, _ in seen].index("evaluate") < len(seen) - 1 - [n for n, _ in seen][::-1].index(
+        "step"
+    )
 
 
 def test_averages_are_what_is_shipped(asked: UNetRequest) -> None:
