@@ -24,7 +24,8 @@ class OptimizerConfig:
     """The optimizer and its learning-rate schedule."""
 
     name: OptimizerName = "adamw"
-    """adamw: torch's fused step; adafactor: torch's, whose second moments are a row and a column; adamw8bit and
+    """adamw: torch's fused step; adafactor: torch's, whose second moments are a row and a column, and whose rate is
+    relative to each weight's root mean square, so that it is not for LoRAs and embeddings; adamw8bit and
     prodigy need a package each, ``pip install 'sdxl-cli[adamw8bit]'`` and ``'sdxl-cli[prodigy]'``."""
     learning_rate: float = 1e-4
     """The highest of the run. prodigy finds its own: its usual value is 1."""
@@ -315,6 +316,11 @@ class UNetTrainConfig:
             raise UsageError("logit_std and edm_std must be above 0")
         if self.embedding.word and (self.lora.rank or self.train_text_encoders):
             raise UsageError("embedding.word trains vectors alone, without lora.rank and train_text_encoders")
+        if self.builds_on and self.loop.optimizer.name == "adafactor":
+            raise UsageError(
+                "adafactor multiplies its rate by each weight's size, and a LoRA begins at 0 and a word near it: they "
+                "would hardly learn; give --optimizer adamw, adamw8bit or prodigy"
+            )
         self._check_edm()
         self._check_dropout()
 

@@ -21,7 +21,7 @@ from sdxl_cli.errors import FileError, UsageError
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.training import unet_run
 from sdxl_cli.training.adapted import Adapter
-from sdxl_cli.training.config import LoraConfig
+from sdxl_cli.training.config import EmbeddingConfig, LoraConfig, OptimizerConfig
 from sdxl_cli.training.state import load_state
 from sdxl_cli.training.unet_request import UNetRequest, starting_points
 from sdxl_cli.training.unet_run import train_unet, try_unet
@@ -120,6 +120,15 @@ def test_validation_leaves_nothing_of_the_change_out(
     assert [name for name, _ in seen].index("evaluate") < len(seen) - 1 - [n for n, _ in seen][::-1].index(
         "step"
     )
+
+
+@pytest.mark.parametrize("part", [{}, {"lora": LoraConfig(), "embedding": EmbeddingConfig(word="x")}])
+def test_what_begins_at_zero_is_not_for_adafactor(part: dict[str, Any]) -> None:
+    """Its rate is relative to the weight: with 1e-4 a LoRA would be nothing after 1500 steps."""
+    optimizer = OptimizerConfig(name="adafactor")
+    with pytest.raises(UsageError, match="give --optimizer adamw, adamw8bit or prodigy"):
+        config(optimizer=optimizer, train_text_encoders=False, **part)
+    assert unet_config(optimizer=optimizer).loop.optimizer == optimizer
 
 
 def test_averages_are_what_is_shipped(asked: UNetRequest) -> None:
