@@ -89,6 +89,7 @@ def train_unet(request: UNetRequest) -> UNetResult:
         # only now, as whatever has read its weights knew the model by its own names
         built_on = _build_on(request, task.module, manifest, loader.sampler.batches_per_epoch)
         export = built_on or ModelExport(task.module, vae, ids, config)
+        frozen = _frozen_weights(request, task.module)  # before they are kept in another precision
         watchers = _watchers(request, task, vae, export, plans, text, here)
         if not plans:  # pictures are encoded, and none are made: the room is the U-Net's
             vae.to("cpu")
@@ -98,7 +99,7 @@ def train_unet(request: UNetRequest) -> UNetResult:
             task.module.to(here.device)
             if not plans and text is not None:
                 task.module.conditioner.to("cpu")
-        record = _record(request, task.module, vae, ids)
+        record = _record(request, task.module, vae, ids) | {"frozen_weights": frozen}
         loop = with_part_rates(config.loop, task.module.config)
         run = Run(task, loop, request.output, record, watchers, here)
         if here.state:
@@ -259,6 +260,13 @@ def _record(request: UNetRequest, model: SDXL, vae: Autoencoder, ids: Tensor | N
         "weight_dtype": config.weight_dtype,
         "token_ids": None if ids is None else ids.tolist(),
     }
+
+
+def _frozen_weights(request: UNetRequest, model: SDXL) -> str:
+    """A hash of what is not trained, as the state has no copy to go on from; the record has that of a base."""
+    if request.config.builds_on and not request.text_from:
+        return ""
+    return weights_hash({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
 
 def _text_cache(request: UNetRequest, task: UNetTask, manifest: Manifest, folder: Path) -> TextCache | None:

@@ -50,6 +50,22 @@ def test_a_run_does_not_go_on_with_another_autoencoder(request_: UNetRequest, tm
         train_unet(replace(request_, vae=str(tmp_path / "other.safetensors"), cache=None, resume=True))
 
 
+@pytest.mark.parametrize("flag", ["init", "text_from"])
+def test_a_run_does_not_go_on_with_other_frozen_text_encoders(
+    flag: str, request_: UNetRequest, base_file: Path, tmp_path: Path
+) -> None:
+    """They are not in the state, which would be trained on with words in another meaning."""
+    make = {"train_text_encoders": False, "ema_decay": 0.0}
+    begun = replace(request_, config=unet_config(**make, max_steps=1))
+    train_unet(replace(begun, **{flag: str(base_file)}))
+    torch.manual_seed(98)
+    save_model(tmp_path / "other.safetensors", SDXL(SMALL), SMALL)
+    longer = replace(begun, config=unet_config(**make, max_steps=2), resume=True)
+    with pytest.raises(FileError, match=r"another run .frozen_weights changed"):
+        train_unet(replace(longer, **{flag: str(tmp_path / "other.safetensors")}))
+    assert train_unet(replace(longer, **{flag: str(base_file)})).steps == 2
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"prediction": "v"}, "prediction"), ({"train_text_encoders": False}, "token_ids")],
