@@ -62,7 +62,8 @@ def restore(state: State, players: Sequence[Player], world: World = ALONE) -> No
         tensors |= _targets(state, player)
     read_state(state, tensors, world)
     for player, kept in zip(players, state.values["players"], strict=True):
-        _set_numbers(player.optimizer, kept)
+        if wrong := _set_numbers(player.optimizer, kept):
+            world.fail(FileError(wrong))
         if player.ema:
             player.ema.updates = kept["ema_updates"]
             for name, value in player.ema.shadow.items():
@@ -130,15 +131,26 @@ def _numbers(player: Player) -> dict[str, Any]:
     }
 
 
-def _set_numbers(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> None:
-    for group, kept in zip(optimizer.param_groups, values["groups"], strict=True):
-        # what the configuration says is not the state's to say
-        learned = {k: v for k, v in kept.items() if k not in optimizer.defaults or k in _LEARNED}
-        group.update(learned)
+def _set_numbers(optimizer: torch.optim.Optimizer, values: Mapping[str, Any]) -> str | None:
+    """The inverse of :func:`_numbers`; what is wrong with them, if anything is."""
+    # what the configuration says is not the state's to say
+    learned = [
+        {key: value for key, value in kept.items() if key not in optimizer.defaults or key in _LEARNED}
+        for kept in values["groups"]
+    ]
+    if any(learned):
+        if len(learned) != len(optimizer.param_groups):
+            return (
+                f"the saved state has {len(learned)} groups of weights that share a rate and a decay, this run "
+                f"{len(optimizer.param_groups)}; give the rates and the weight_decay that the run began with"
+            )
+        for group, kept in zip(optimizer.param_groups, learned, strict=True):
+            group.update(kept)
     for state in optimizer.state.values():
         for key in values["plain"]:
             if key in state:
                 state[key] = state[key].item()
+    return None
 
 
 _LEARNED = frozenset({"d", "d_max", "d_numerator", "k"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdxl_cli.errors import NumericError
+from sdxl_cli.errors import FileError, NumericError
 from sdxl_cli.training.config import LoopConfig, OptimizerConfig
 from sdxl_cli.training.loop import Run
 from sdxl_cli.training.state import load_state
@@ -100,6 +100,29 @@ def test_a_failure_names_the_pictures_of_the_step(where: str, tmp_path: Path) ->
     written = json.loads((tmp_path / "run" / "not_finite.json").read_text())
     assert written["step"] == 1
     assert [len(batch["ids"]) for batch in written["batches"]] == ([6] if where == "loss" else [2, 6])
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy"])
+def test_a_run_goes_on_with_other_groups_unless_something_was_learned_of_them(
+    name: Any, tmp_path: Path
+) -> None:
+    """Without a decay weights and biases are one group."""
+    if name == "prodigy":
+        pytest.importorskip("prodigyopt")
+    parts = [range(i, i + 6) for i in range(0, 24, 6)]
+    decayed = OptimizerConfig(name=name, learning_rate=0.05)
+    trained(Regression(parts, 6), config(max_steps=2, optimizer=decayed), tmp_path / "run")
+    free = config(max_steps=4, optimizer=replace(decayed, weight_decay=0.0))
+    again = Run(Regression(parts, 6), free, tmp_path / "run", {})
+    if name == "prodigy":
+        with pytest.raises(
+            FileError, match=r"has 2 groups .* this run 1; give the rates and the weight_decay"
+        ):
+            again.resume()
+    else:
+        again.resume()
+        again.train()
+        assert again.progress.step == 4
 
 
 @pytest.mark.parametrize(("name", "rate"), [("adamw", 0.05), ("adafactor", 0.05), ("prodigy", 1.0)])
