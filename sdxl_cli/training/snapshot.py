@@ -49,7 +49,7 @@ def restore(state: State, players: Sequence[Player], world: World = ALONE) -> No
     """Put a snapshot and the :func:`numbers` that go with it back.
 
     Raises:
-        FileError: the state does not have these parameters, at these shapes.
+        FileError: the state does not have these parameters, at these shapes, or is of other optimizers.
     """
     saved = {n.removeprefix("weights."): s for n, s in state.shapes.items() if n.startswith("weights.")}
     ours = {name: tuple(p.shape) for player in players for name, p in player.parameters.items()}
@@ -57,6 +57,9 @@ def restore(state: State, players: Sequence[Player], world: World = ALONE) -> No
         world.fail(
             FileError("the saved state is of another model; start a new run in another --output folder")
         )
+    for player, kept in zip(players, state.values["players"], strict=True):
+        if wrong := _other_optimizer(player, kept):
+            world.fail(FileError(wrong))
     tensors = {f"random.{n}": v for n, v in _random(world).items() if f"random.{n}" in state.shapes}
     for player in players:
         tensors |= _targets(state, player)
@@ -70,6 +73,23 @@ def restore(state: State, players: Sequence[Player], world: World = ALONE) -> No
                 if f"ema.{name}" not in tensors:  # the run has begun without
                     value.copy_(player.parameters[name])
     _set_random(tensors, world)
+
+
+def _other_optimizer(player: Player, kept: Mapping[str, Any]) -> str | None:
+    """What to do when the saved moments are another optimizer's; None when they are this one's."""
+    ours = player.config.name
+    saved = kept.get("optimizer", ours)
+    if saved == ours:
+        return None
+    flag = (
+        f'name = "{saved}" in the table of {player.turn.name}\'s optimizer'
+        if player.turn.optimizer
+        else f"--optimizer {saved}"
+    )
+    return (
+        f"the saved state has the moments of {saved}, this run's optimizer is {ours}; give {flag}, "
+        "or start a new run in another --output folder"
+    )
 
 
 def _targets(state: State, player: Player) -> dict[str, Tensor]:
@@ -105,8 +125,8 @@ def _set_random(tensors: Mapping[str, Tensor], world: World) -> None:
 
 
 def numbers(players: Sequence[Player]) -> list[dict[str, Any]]:
-    """What optimizers and averages remember in plain numbers: steps averaged, an optimizer's groups, and which
-    entries of its state are such.
+    """What optimizers and averages remember in plain numbers: steps averaged, an optimizer's name and groups,
+    and which entries of its state are such.
 
     Prodigy keeps its estimate of the rate so; torch's optimizers keep nothing.
     """
@@ -125,6 +145,7 @@ def _numbers(player: Player) -> dict[str, Any]:
         for group in optimizer.param_groups
     ]
     return {
+        "optimizer": player.config.name,
         "plain": sorted(plain),
         "groups": kept,
         "ema_updates": player.ema.updates if player.ema else 0,

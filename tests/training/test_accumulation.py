@@ -102,6 +102,17 @@ def test_a_failure_names_the_pictures_of_the_step(where: str, tmp_path: Path) ->
     assert [len(batch["ids"]) for batch in written["batches"]] == ([6] if where == "loss" else [2, 6])
 
 
+def test_a_run_does_not_go_on_with_another_optimizer(tmp_path: Path) -> None:
+    parts = [range(i, i + 6) for i in range(0, 24, 6)]
+    trained(Regression(parts, 6), config(max_steps=2), tmp_path / "run")
+    other = config(max_steps=4, optimizer=OptimizerConfig(name="adafactor"))
+    again = Run(Regression(parts, 6), other, tmp_path / "run", {})
+    with pytest.raises(
+        FileError, match="moments of adamw, this run's optimizer is adafactor; give --optimizer adamw"
+    ):
+        again.resume()
+
+
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])
 def test_a_run_goes_on_with_other_groups_unless_something_was_learned_of_them(
     name: Any, tmp_path: Path
