@@ -28,10 +28,12 @@ def main() -> None:
 
     from sdxl_cli.bench.machine import machine
     from sdxl_cli.bench.memory import peak_memory
+    from sdxl_cli.generation.device import compute_as_told
 
     job = Job.from_text(text)
     device = torch.device(job.device)
     torch.set_num_threads(job.threads)
+    compute_as_told(torch.float32)
     with torch.inference_mode():
         module = import_module(f"side_{side}")
         with peak_memory(device) as memory:
@@ -45,6 +47,7 @@ def main() -> None:
 def _done(order: dict[str, Any], work: Any, device: Any) -> dict[str, Any]:
     """``{"do": "run", "save": FILE}``, or ``count`` or ``ceiling`` in the place of ``run``."""
     from safetensors.torch import save_file
+    from sdxl_kernels.graphs import unrecorded
 
     from sdxl_cli.bench.ceiling import gemm_rate
     from sdxl_cli.bench.counting import count
@@ -60,7 +63,8 @@ def _done(order: dict[str, Any], work: Any, device: Any) -> dict[str, Any]:
         result[:] = [work()]
 
     if order["do"] == "count":
-        counted = count(once)
+        with unrecorded():
+            counted = count(once)
         found: dict[str, Any] = {"flops": counted.flops, "ops": counted.ops, "waits": counted.waits}
     else:
         with peak_memory(device) as memory:

@@ -70,6 +70,8 @@ class Result:
     memory: dict[str, int] = field(default_factory=dict)
     counted: dict[str, int] = field(default_factory=dict)
     loaded: dict[str, Any] = field(default_factory=dict)
+    first: float | None = None
+    """Seconds of a run before the rounds, in which weights are read, steps recorded and code compiled."""
     error: float | None = None
     """Relative to the reference."""
 
@@ -140,6 +142,7 @@ def _together(job: Job, results: dict[str, Result], rounds: int, counts: bool, p
             _say(f"{job.kind}: counting {name}")
             results[name].counted = side.ask("count")
         ceiling = ceiling or side.ask("ceiling", dtype=job.dtype)["rate"]
+        results[name].first = _first(side, job)
     for number in range(rounds):
         for name in _turn(list(sides), number):
             results[name].add(sides[name].ask("run", save=str(place / name)))
@@ -158,10 +161,18 @@ def _alone(job: Job, results: dict[str, Result], rounds: int, counts: bool, plac
             ceiling = ceiling or side.ask("ceiling", dtype=job.dtype)["rate"]
             if counts and not result.counted:
                 result.counted = side.ask("count")
+            result.first = _first(side, job)
             result.add(side.ask("run", save=str(place / name)))
             _say(f"{job.kind}: round {number + 1} of {rounds}, {name} {result.seconds[-1]:.3f} s")
             side.close()
     return ceiling
+
+
+def _first(side: Contestant, job: Job) -> float | None:
+    """The run before the rounds; on a CPU the parts of a picture have nothing to make ready."""
+    if job.kind != "image" and job.device == "cpu":
+        return None
+    return float(side.ask("run")["seconds"])
 
 
 def _turn(names: list[str], number: int) -> list[str]:
@@ -173,8 +184,8 @@ def _say(text: str) -> None:
 
 
 COLUMNS = (
-    "side", "seconds", "from … to", "CPU s", "ours is faster by", "same, in CPU s", "TFLOP", "operations", "of peak",
-    "peak GiB", "own GiB: loaded → peak", "difference",
+    "side", "first", "seconds", "from … to", "CPU s", "ours is faster by", "same, in CPU s", "TFLOP", "operations",
+    "of peak", "peak GiB", "own GiB: loaded → peak", "difference",
 )  # fmt: skip
 
 
@@ -203,6 +214,7 @@ def _cells(found: Comparison, result: Result) -> list[str]:
     own = f"{memory['own_before'] / GIB:.2f} → {memory['own'] / GIB:.2f}" if memory["own"] else ""
     return [
         result.name,
+        "" if result.first is None else f"{result.first:.4g}",
         f"{seconds.median:.4g} ({seconds.count})",
         f"{seconds.low:.4g} … {seconds.high:.4g}",
         f"{cpu.median:.4g}",
@@ -211,7 +223,7 @@ def _cells(found: Comparison, result: Result) -> list[str]:
         f"{flops / 1e12:.4g}" if flops else "",
         str(counted.get("ops", "")),
         f"{flops / seconds.median / found.ceiling:.0%}" if flops else "",
-        f"{memory['most'] / GIB:.2f}",
+        f"{max(memory['most'], memory['reserved']) / GIB:.2f}",
         own,
         "" if result.error is None else f"{result.error:.1e}",
     ]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +22,19 @@ Work = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """From what changes with every call, and what stays for many, to a result. It must not make the host wait."""
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """Runs something; gives what runs it again, on the same memory, and where its result will then be."""
+
+
+_unrecorded = ContextVar("unrecorded", default=False)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Within it everything is computed anew: nothing is recorded or replayed, so that it can be counted."""
+    token = _unrecorded.set(True)
+    try:
+        yield
+    finally:
+        _unrecorded.reset(token)
 
 
 @dataclass(slots=True)
@@ -46,6 +62,8 @@ class Graphs:
             kept: likewise, but only when ``whose`` is another object than the last time.
             whose: what ``kept`` belongs to.
         """
+        if _unrecorded.get():
+            return self._work(changing, kept)
         key = tuple((x.shape, x.dtype, x.device) for x in (*changing, *kept))
         recording = self._recordings.get(key)
         if recording is None:
@@ -69,25 +87,34 @@ class Graphs:
 
 
 class CudaRecorder:
-    """Records CUDA graphs, which share their memory: they are never replayed at the same time."""
+    """Records CUDA graphs of one device, which share their memory: they are never replayed at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool: Any = None
+        self._side: Any = None
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """See :data:`Record`."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                work()
-        main.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = work()
-        return graph.replay, result
+        # streams and graphs belong to the device that is current, which need not be the one that computes
+        with torch.cuda.device(self._device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side, main = self._side, torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    work()
+            main.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=side):
+                result = work()
+        return partial(self._replay, graph), result
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        with torch.cuda.device(self._device):
+            graph.replay()
 
 
 def _copy(values: Sequence[Tensor], places: Sequence[Tensor]) -> None:

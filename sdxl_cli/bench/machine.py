@@ -30,6 +30,7 @@ def machine(device: torch.device, packages: tuple[str, ...] = ()) -> dict[str, s
         found |= {
             "gpu": properties.name,
             "gpu memory": properties.total_memory,
+            "driver": driver(),
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
         }
@@ -37,6 +38,15 @@ def machine(device: torch.device, packages: tuple[str, ...] = ()) -> dict[str, s
         found["instructions"] = torch.backends.cpu.get_cpu_capability()
     found |= {"sdxl": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     return found | {name: v for name in packages if (v := _version(name))}
+
+
+def driver(told: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The version of NVIDIA's driver; empty where nobody says."""
+    try:
+        match = re.search(r"Kernel Module\D*([\d.]+)", told.read_text("utf-8", "replace"))
+    except OSError:
+        match = None
+    return match[1] if match else ""
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from sdxl_kernels.graphs import unrecorded
 
 from sdxl_cli.bench.cases import CASES, Case
 from sdxl_cli.bench.ceiling import gemm_rate
@@ -96,7 +97,10 @@ class Bench:
     def _measured(self, work: Callable[[], object], case: Case, bare: Row) -> Row:
         device, request = self.setting.weights.device, self.setting.request
         with peak_memory(device) as memory:
-            done = count(work)  # also the run that warms up
+            with unrecorded():
+                done = count(work)  # also the run that warms up
+            if device.type == "cuda":
+                work()  # what is recorded is recorded now
         samples, started = [], time.perf_counter()
         for _ in self.report.progress(range(request.repeats), case.label):
             samples.append(timed(work, device))

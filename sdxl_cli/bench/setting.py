@@ -14,7 +14,7 @@ from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.errors import UsageError, unknown
 from sdxl_cli.generation import residency
-from sdxl_cli.generation.device import pick_device, pick_dtype, pick_vae_dtype
+from sdxl_cli.generation.device import compute_as_told, pick_device, pick_dtype, pick_vae_dtype
 from sdxl_cli.generation.pipeline import Reporter
 from sdxl_cli.generation.plan import Plan, plan_generation
 from sdxl_cli.generation.request import GenerateRequest, Precision
@@ -152,6 +152,7 @@ def _weights(files: ModelFiles, request: GenerateRequest, report: Reporter) -> F
         return open_weights([files], request, report)[0]
     device = pick_device(request.device)
     dtype, vae_dtype = pick_dtype(request.dtype, device), pick_vae_dtype(request.vae_dtype, device)
+    compute_as_told(dtype, vae_dtype)
     free = residency.free_bytes(device)
     held = sum(sources.weight_bytes(files.config, dtype, vae_dtype).values())
     # as at most 0.7 of what is free: the work needs room, too

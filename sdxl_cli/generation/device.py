@@ -76,6 +76,12 @@ def pick_vae_dtype(name: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if quick else torch.float32
 
 
+def compute_as_told(*dtypes: torch.dtype) -> None:
+    """Have fp32 on a GPU computed in fp32: cuDNN's convolutions otherwise round what they multiply to 10 bits."""
+    if torch.float32 in dtypes:
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the processor has bf16 instructions, as far as Linux says; False elsewhere."""
     try:

@@ -22,7 +22,6 @@ from sdxl_cli.model.config import ALL_PARTS, PREFIXES, ModelConfig, Part
 from sdxl_cli.model.sdxl import SDXL
 
 _UNET: tuple[Part, ...] = ("unet",)
-_VAE: tuple[Part, ...] = ("vae",)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -139,14 +138,10 @@ def decoding_bytes(
         dtype: what is computed in.
         strips: whether it is done strip by strip, or in one piece.
     """
-    if strips:
-        # the peak: what was doubled last, with its level's channels, beside the next level's first convolution
-        widths = [config.vae.channels * mult for mult in config.vae.channel_mult]
-        return math.prod(size) * (widths[0] + widths[min(1, len(widths) - 1)]) * dtype.itemsize + STRIPS_WORK
-    height, width = (side // config.vae.downsampling for side in size)
-    with torch.device("meta"):
-        vae = SDXL(config, _VAE).vae.to(dtype).eval().requires_grad_(False)
-        latent = torch.empty(1, config.vae.z_channels, height, width, dtype=dtype)
-        with torch.inference_mode(), LiveBytes() as seen:
-            vae.decode(latent)
-    return seen.peak
+    widths = [config.vae.channels * mult for mult in config.vae.channel_mult]
+    doubled = widths[min(1, len(widths) - 1)]
+    """Channels of what was doubled last, where the peak is."""
+    if strips:  # beside it the next level's first convolution
+        return math.prod(size) * (widths[0] + doubled) * dtype.itemsize + STRIPS_WORK
+    # beside it what it was made of, normalised, and what is made of that
+    return math.prod(size) * 3 * doubled * dtype.itemsize

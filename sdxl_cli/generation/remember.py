@@ -40,7 +40,7 @@ class RecordedSteps:
         """``record`` is how; by default as CUDA graphs."""
         self.unet = unet
         self._blocks: list[nn.Module] = []
-        self._graphs = Graphs(self._work, record or CudaRecorder())
+        self._graphs = Graphs(self._work, record or CudaRecorder(next(unet.parameters()).device))
 
     def __call__(self, x: Tensor, timesteps: Tensor, prepared: Prepared) -> Tensor:
         """As :meth:`UNet.step <sdxl_cli.model.unet.UNet.step>`."""

@@ -89,9 +89,13 @@ def describe(vram: Vram, models: Mapping[str, ModelFiles], dtype: torch.dtype, v
 
 
 def free_bytes(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """What is free on a device; of a computer's own memory what Linux says, and None where nobody does."""
+    """What is free on a device, with what torch keeps there unused; of a computer's own memory what Linux says.
+
+    None where nobody says.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     try:
         text = meminfo.read_text(encoding="utf-8")
     except OSError:

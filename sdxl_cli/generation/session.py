@@ -14,7 +14,7 @@ from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.errors import UsageError
 from sdxl_cli.generation import residency
 from sdxl_cli.generation.allocator import reuse_large_blocks
-from sdxl_cli.generation.device import describe, pick_device, pick_dtype, pick_vae_dtype
+from sdxl_cli.generation.device import compute_as_told, describe, pick_device, pick_dtype, pick_vae_dtype
 from sdxl_cli.generation.lora import wear_loras
 from sdxl_cli.generation.metadata import Stored
 from sdxl_cli.generation.picture import Pixels, read_texts
@@ -35,6 +35,7 @@ def open_weights(
     """
     device = pick_device(request.device)
     dtype, vae_dtype = pick_dtype(request.dtype, device), pick_vae_dtype(request.vae_dtype, device)
+    compute_as_told(dtype, vae_dtype)
     if device.type == "cpu":
         reuse_large_blocks()
     vram = residency.choose(request.vram, models, device, dtype, vae_dtype)

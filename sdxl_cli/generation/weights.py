@@ -126,7 +126,8 @@ class FileWeights:
 
     def _set_up(self, unet: UNet) -> None:
         """Choose how a U-Net that was just read is computed."""
-        unet.compute_fast(convolves_fast(self, self.dtype))
+        # the compiler traces torch's own convolutions whole, and ours in fragments
+        unet.compute_fast(convolves_fast(self, self.dtype) and not self.compiles)
         if self.compiles:
             unet.compile_blocks()
         if self.cuda_graphs and self.device.type == "cuda" and not self.streams:

@@ -296,6 +296,7 @@ class UNet(nn.Module):
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Let torch compile the blocks, each kind once per shape, at their first call; ``backend`` is torch's."""
+        _allow_kinds(COMPILED_KINDS)
         for module in self.modules():
             if isinstance(module, ResBlock | Attention | FeedForward):
                 module.compile(backend=backend)
@@ -346,6 +347,20 @@ def initialize(unet: UNet, pooled: int) -> None:
     _keep_variance(label.get_parameter("0.weight")[:, pooled:], 1.0)
     for mlp in (label, unet.time_embed):
         _keep_variance(mlp.get_parameter("2.weight"), SILU_GAIN)
+
+
+COMPILED_KINDS = 128
+"""Versions of one method that torch may compile: the released U-Net has 12 kinds of residual blocks, for each shape."""
+
+
+def _allow_kinds(kinds: int) -> None:
+    """Raise torch's limit, behind which it goes back to uncompiled code with no more than a warning."""
+    import torch._dynamo.config as settings  # the compiler's: seconds, which others need not wait
+
+    name = (
+        "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"
+    )  # before torch 2.7
+    setattr(settings, name, max(kinds, getattr(settings, name)))
 
 
 def _keep_variance(weight: Tensor, gain: float) -> None:

@@ -103,6 +103,8 @@ def test_turns_and_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
                 return {"rate": 1e12}
             if do == "count":
                 return {"flops": 10**11, "ops": 7, "waits": 0}
+            if "save" not in more:  # the run that makes ready
+                return {"seconds": 60.0}
             order.append(self.name)
             save_file({"out": torch.full((3,), speeds[self.name])}, Path(more["save"]))
             seconds = speeds[self.name] * (1 + 0.01 * len(order))
@@ -113,15 +115,16 @@ def test_turns_and_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
             order.append(f"{self.name} ends")
 
     monkeypatch.setattr(harness, "Contestant", Fake)
-    for alone in (False, True):
+    for alone, kind in ((False, "unet"), (True, "image")):
         order.clear()
-        found = harness.compare(job(tmp_path, "unet"), list(speeds), 2, counts=True, alone=alone)
+        found = harness.compare(job(tmp_path, kind), list(speeds), 2, counts=True, alone=alone)
         ran = [name for name in order if not name.endswith("ends")]
         assert ran == [*speeds, *reversed(speeds)]
         assert (order.index("sdxl ends") == 1) is alone
         rows = [line.split(" | ") for line in harness.table(found)[4:]]
         assert [row[0].strip("| ") for row in rows] == list(speeds)
-        assert rows[0][4] == ""
-        assert rows[1][4].startswith("1.5")
-        assert rows[2][4].startswith("none seen")
-        assert rows[1][11].strip(" |") == "5.0e-01"
+        assert {row[1] for row in rows} == ({"60"} if kind == "image" else {""})
+        assert rows[0][5] == ""
+        assert rows[1][5].startswith("1.5")
+        assert rows[2][5].startswith("none seen")
+        assert rows[1][12].strip(" |") == "5.0e-01"

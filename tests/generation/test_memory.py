@@ -18,7 +18,7 @@ from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.read import load_model
 from sdxl_cli.checkpoint.write import save_model
 from sdxl_cli.errors import MemoryLimitError
-from sdxl_cli.generation import rescue, residency
+from sdxl_cli.generation import autoencode, rescue, residency
 from sdxl_cli.generation.autoencode import decode, encode, to_image
 from sdxl_cli.generation.memory import estimate, part_bytes
 from sdxl_cli.generation.picture import read_pixels, read_texts
@@ -31,6 +31,7 @@ from sdxl_cli.model import vae_strips
 from sdxl_cli.model.unet import UNet
 from sdxl_cli.model.vae import Autoencoder
 from tests.generation.test_pipeline import REQUEST, Silent, made, weights
+from tests.model.peers import relative
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -283,6 +284,24 @@ def test_encoding_too_goes_on_in_tiles(
     code, _, err = sdxl(*asked(models, "-i", "photo.png", "--strength", 1, "-o", "one.png"))
     assert code == 0
     assert "out of memory while encoding; going on in tiles" in err
+
+
+def test_strips_come_before_tiles(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without room for the whole decodes in strips, which give the same; no other error is taken for it."""
+    base, latent = weights(models["base"]), torch.randn(1, 4, 8, 8)
+    monkeypatch.setattr(autoencode, "in_strips", lambda *_: False)
+    whole = autoencode.decoded(latent, base)
+
+    def full(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Autoencoder, "decode", full)
+    monkeypatch.setattr(Autoencoder, "encode", full)
+    assert relative(autoencode.decoded(latent, base), whole) < 5e-5
+    assert autoencode.encode(torch.zeros(1, 3, 64, 64), base).mean.isfinite().all()
+    monkeypatch.setattr(Autoencoder, "decode", lambda *_: latent.view(7))
+    with pytest.raises(RuntimeError, match="shape"):
+        autoencode.decoded(latent, base)
 
 
 def test_a_full_device_while_denoising_is_told_with_advice(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from sdxl_kernels.graphs import Graphs
+from sdxl_kernels.graphs import Graphs, unrecorded
 from torch import Tensor
 
+from sdxl_cli.bench.counting import count
 from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.generation.remember import RecordedSteps, Remembering
 from sdxl_cli.generation.weights import FileWeights
+from sdxl_cli.model.config import CONFIGS
 from sdxl_cli.model.unet import Prepared, UNet
 from tests.model.peers import BASE, randomize, relative
 
@@ -74,6 +77,19 @@ def test_shapes_and_texts_of_zeros_have_recordings_of_their_own(unet: UNet) -> N
                 x, t = torch.randn(1, 4, *size), torch.full((2,), 7)
                 assert torch.equal(recorded(x, t, features, vector), plain(x, t, features, vector))
     assert tape.recordings == 4
+
+
+def test_what_is_counted_is_computed_once_and_not_recorded(unet: UNet) -> None:
+    tape = Tape()
+    plain, recorded = Remembering(unet), Remembering(unet, RecordedSteps(unet, tape))
+    text, vector = conditions()
+    x, t = torch.randn(1, 4, 8, 8), torch.full((2,), 7)
+    once = count(lambda: plain(x, t, text, vector))
+    with unrecorded():
+        assert count(lambda: recorded(x, t, text, vector)).flops == once.flops
+    assert tape.recordings == 0
+    recorded(x, t, text, vector)
+    assert tape.recordings == 1
 
 
 def test_results_stay_as_they_are() -> None:
@@ -143,3 +159,25 @@ def test_compiled_blocks_change_nothing_but_rounding(unet: UNet) -> None:
     kinds = torch._dynamo.utils.counters
     assert kinds["stats"]["unique_graphs"] > 0
     assert not kinds["graph_break"]
+
+
+@pytest.mark.slow
+def test_no_kind_of_block_of_the_released_structure_goes_back_to_uncompiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has more kinds of blocks, in two sizes of picture, than torch compiles of one method by default."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    settings = torch._dynamo.config
+    name = "fail_on_recompile_limit_hit"
+    monkeypatch.setattr(settings, name if hasattr(settings, name) else "fail_on_cache_limit_hit", True)
+    released = replace(CONFIGS["base"].unet, model_channels=32, num_head_channels=32, context_dim=32)
+    unet = UNet(
+        replace(released, adm_in_channels=32, transformer_depth=(0, 1, 1), transformer_depth_middle=1)
+    )
+    unet.requires_grad_(False).compile_blocks(backend="eager")
+    prepared = unet.prepare(torch.randn(2, 7, 32), torch.randn(2, 32))
+    for size in ((8, 8), (12, 16)):
+        unet.step(torch.randn(1, 4, *size), torch.tensor([700, 700]), prepared)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 16
