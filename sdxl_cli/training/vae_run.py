@@ -29,7 +29,7 @@ from sdxl_cli.training.place import training_device
 from sdxl_cli.training.session import session
 from sdxl_cli.training.vae_config import VAETrainConfig
 from sdxl_cli.training.vae_task import LearnedScale, VAETask, fresh
-from sdxl_cli.training.vae_watching import Reconstructions, SaveAutoencoders, VAEValidation
+from sdxl_cli.training.vae_watching import Reconstructions, SaveAutoencoders, VAEValidation, common_side
 
 RESULT = "vae.safetensors"
 STATISTICS_IMAGES = 200
@@ -192,7 +192,8 @@ def _watchers(
         shown = held_out or images
         step = max(1, len(shown) // config.sample_images)
         some = [shown[i] for i in range(0, len(shown), step)][: config.sample_images]
-        found.append(Reconstructions(vae, some, max(config.crop_sizes), request.output, config.sample_every))
+        side = common_side(some, max(config.crop_sizes), vae.config.downsampling)
+        found.append(Reconstructions(vae, some, side, request.output, config.sample_every))
     return found
 
 

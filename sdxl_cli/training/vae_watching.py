@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sdxl_cli.console import get as console
+from sdxl_cli.errors import UsageError
 from sdxl_cli.generation.picture import Texts, write_picture
 from sdxl_cli.metrics.similarity import psnr, ssim
 from sdxl_cli.model.vae import Autoencoder
@@ -85,9 +86,25 @@ class Reconstructions:
         console().note(f"step {done}: {path}, PSNR {sum(levels) / len(levels):.2f} dB")
 
 
+def common_side(images: Sequence[Tensor], wanted: int, factor: int) -> int:
+    """Of the squares that are drawn, in pixels: ``wanted``, or what the smallest picture has, as a multiple of
+    ``factor``, which the autoencoder shrinks by.
+
+    Raises:
+        UsageError: a picture has less than one latent pixel.
+    """
+    side = min(wanted, *(min(image.shape[-2:]) for image in images))
+    if side < factor:
+        raise UsageError(
+            f"a picture to draw has a side of {side} pixels, the autoencoder needs {factor}; leave it out of "
+            "--validation, or --set sample_images=0"
+        )
+    return side // factor * factor
+
+
 def middle(image: Tensor, side: int) -> Tensor:
-    """The square in the middle of [3, H, W]."""
-    top, left = ((length - side) // 2 for length in image.shape[-2:])
+    """The square in the middle of [3, H, W]; of a side that is shorter, all."""
+    top, left = (max(0, (length - side) // 2) for length in image.shape[-2:])
     return image[:, top : top + side, left : left + side]
 
 
