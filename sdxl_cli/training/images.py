@@ -27,6 +27,11 @@ class ManifestImages(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def spread(self, count: int) -> ManifestImages:
+        """At most so many, evenly spread; decoded when it is their turn, and not kept."""
+        few = min(count, len(self))
+        return ManifestImages([self.rows[i * len(self) // few] for i in range(few)], keep_bytes=0)
+
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
     @overload

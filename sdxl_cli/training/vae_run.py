@@ -121,7 +121,7 @@ def _finish(
     request: VAERequest, run: Run, vae: Autoencoder, images: ManifestImages, is_new: bool
 ) -> VAEResult:
     """Measure the latents, bring those of a new autoencoder to deviation 1, and write the file."""
-    sample = [images[i] for i in range(0, len(images), max(1, len(images) // STATISTICS_IMAGES))]
+    sample = images.spread(STATISTICS_IMAGES)
     before = after = latent_statistics(vae, sample)
     if is_new and request.config.normalize_latents:
         normalize_latents(vae, before)
