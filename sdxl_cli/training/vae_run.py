@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,11 +87,12 @@ def train_vae(request: VAERequest) -> VAEResult:
     with session(request.output, config, resume=request.resume, shards=False) as here:
         perceptual = perceptual and perceptual.to(here.device)
         torch.manual_seed(config.loop.seed)
+        began = origin(request, here.state.values["record"] if here.state else None)
         vae, is_new = build(config, request.init)
         task = _task(vae.to(here.device), images, config, perceptual)
         task.share = here.share
         watchers = _watchers(request, vae, images, held_out, perceptual)
-        record = {"task": "vae", **asdict(vae.config)}
+        record = {"task": "vae", **asdict(vae.config), "init": began, "new": is_new}
         run = Run(task, config.loop, request.output, record, watchers, here)
         if here.state:
             run.resume()
@@ -238,6 +240,33 @@ def large_enough(rows: Sequence[tuple[Manifest, Row]], side: int) -> list[tuple[
     if left := len(rows) - len(fitting):
         console().note(f"{left} of {len(rows)} crops are smaller than {side} pixels on a side and left out")
     return fitting
+
+
+def origin(request: VAERequest, saved: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """What a run began with, for its record: which file of an autoencoder; None for nothing.
+
+    A run goes on from no other beginning: what is frozen comes from ``--init``, and whether latents are brought to
+    deviation 1 depends on it. A record that does not say is taken as the same.
+
+    Args:
+        request: names the file.
+        saved: the record of the state that the run goes on from.
+
+    Raises:
+        UsageError: the run began with another autoencoder, or with none.
+    """
+    name = request.init
+    asked = {"name": name, "sha256": locate(name, "vae").sha256} if name is not None else None
+    began: dict[str, str] | None = saved.get("init", asked) if saved else asked
+    if (began and began["sha256"]) == (asked and asked["sha256"]):
+        return began
+    if began is None:
+        raise UsageError(f"--init {name}: the run in {request.output} began from nothing; leave --init out")
+    given = f"--init {name} is another autoencoder than" if asked else "--resume without --init:"
+    raise UsageError(
+        f"{given} the {began['name']} that the run in {request.output} began with; "
+        f"give that (sha256 {began['sha256'][:10]}) as --init"
+    )
 
 
 def build(config: VAETrainConfig, init: str | None) -> tuple[Autoencoder, bool]:

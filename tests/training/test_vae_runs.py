@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +17,17 @@ from sdxl_cli import cli
 from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.read import load_vae
 from sdxl_cli.checkpoint.tensor_file import TensorFile
+from sdxl_cli.checkpoint.write import save_vae
 from sdxl_cli.errors import NetworkError, UsageError
 from sdxl_cli.metrics.lpips import LPIPS
 from sdxl_cli.model.config import CONFIGS
 from sdxl_cli.presets import load
 from sdxl_cli.training.config import OptimizerConfig
+from sdxl_cli.training.images import ManifestImages
 from sdxl_cli.training.state import load_state
 from sdxl_cli.training.vae_config import AdversarialConfig, VAELossConfig, VAETrainConfig
 from sdxl_cli.training.vae_run import VAERequest, train_vae
+from sdxl_cli.training.vae_watching import GAP, common_side, middle
 from tests.training.files import assert_same_bits, tensors
 from tests.training.small import SMALL, vae_config
 from tests.training.test_vae import images
@@ -163,6 +167,59 @@ def test_what_cannot_be_is_refused(vae_request: VAERequest, vae_file: Path, tmp_
     f4 = train_vae(replace(vae_request, output=tmp_path / "f4", config=vae_config(levels=3, max_steps=1)))
     with pytest.raises(UsageError, match="growing changes the encoder"):
         train_vae(replace(vae_request, init=str(f4.path), config=vae_config(decoder_only=True)))
+
+
+def test_a_run_goes_on_only_from_what_it_began_with(
+    vae_request: VAERequest, vae_file: Path, tmp_path: Path
+) -> None:
+    """Frozen weights and the scale of latents come from --init, which a state does not hold."""
+    vae = load_vae(locate(str(vae_file), "vae"), dtype=torch.float32)
+    other, copy = tmp_path / "other.safetensors", tmp_path / "copy.safetensors"
+    save_vae(other, {name: value * 0.5 for name, value in vae.state_dict().items()}, vae.config)
+    copy.write_bytes(vae_file.read_bytes())
+    begun = replace(vae_request, init=str(vae_file), config=vae_config(max_steps=1, decoder_only=True))
+    train_vae(begun)
+    again = replace(begun, config=vae_config(max_steps=2, decoder_only=True), resume=True)
+    with pytest.raises(
+        UsageError, match=r"is another autoencoder than the .*vae\.safetensors that the run in"
+    ):
+        train_vae(replace(again, init=str(other)))
+    with pytest.raises(UsageError, match=r"--resume without --init: the .*vae\.safetensors that the run in"):
+        train_vae(replace(again, init=None))
+    assert train_vae(replace(again, init=str(copy))).scale_factor == SMALL.vae.scale_factor
+    assert train_vae(again).steps == 2
+    fresh = replace(vae_request, output=tmp_path / "fresh", config=vae_config(max_steps=1))
+    train_vae(fresh)
+    with pytest.raises(UsageError, match="began from nothing; leave --init out"):
+        train_vae(replace(fresh, init=str(vae_file), resume=True))
+
+
+def test_validation_pictures_may_be_smaller_than_the_largest_crop(vae_request: VAERequest) -> None:
+    """Pictures are 64x64 and 40x80: what is drawn is the 40 that all have."""
+    config = vae_config(
+        max_steps=1, crop_sizes=(64,), crop_weights=(1.0,), pixels_per_step=0, batch_size=1, sample_images=7
+    )
+    train_vae(replace(vae_request, config=config, validation=vae_request.data[0]))
+    drawn = Image.open(vae_request.output / "samples" / "000001.png")
+    assert drawn.size == (7 * 40 + 6 * GAP, 3 * 40 + 2 * GAP)
+
+
+def test_the_side_that_is_drawn_fits_all_pictures_and_the_autoencoder() -> None:
+    small, large = torch.zeros(3, 44, 60), torch.zeros(3, 96, 80)
+    assert common_side([small, large], 64, 8) == 40
+    assert common_side([large], 64, 8) == 64
+    assert middle(small, 64).shape == small.shape
+    with pytest.raises(UsageError, match="has a side of 4 pixels, the autoencoder needs 8"):
+        common_side([large, torch.zeros(3, 4, 16)], 64, 8)
+
+
+@pytest.mark.parametrize(("there", "picked"), [(7, 7), (399, 200), (1000, 200)])
+def test_statistics_are_of_two_hundred_pictures_at_most_one_at_a_time(there: int, picked: int) -> None:
+    rows: list[Any] = list(range(there))
+    some = ManifestImages(rows).spread(200)
+    assert len(some) == picked
+    assert some.rows[0] == 0
+    assert some.rows[-1] == (picked - 1) * there // picked
 
 
 def test_presets_have_the_originals_numbers() -> None:
