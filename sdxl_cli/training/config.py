@@ -321,6 +321,11 @@ class UNetTrainConfig:
                 "adafactor multiplies its rate by each weight's size, and a LoRA begins at 0 and a word near it: they "
                 "would hardly learn; give --optimizer adamw, adamw8bit or prodigy"
             )
+        if self.embedding.word and self.text_dropout and self.text_dropout_mode == "empty":
+            raise UsageError(
+                'text_dropout_mode = "empty" takes the word out of captions, which is all that is trained; '
+                "give --set text_dropout=0"
+            )
         self._check_edm()
         self._check_dropout()
 

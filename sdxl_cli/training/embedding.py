@@ -81,10 +81,12 @@ def with_word(manifest: Manifest, config: EmbeddingConfig) -> Manifest:
     """The manifest with captions that have the word: sentences, or the pictures' own.
 
     Raises:
-        UsageError: a picture's own caption does not have it.
+        UsageError: a picture's own caption does not have it, or has it where it is not read.
     """
     if config.captions != "own":
         said = tuple(sentence.format(config.word) for sentence in SENTENCES[config.captions])
+        if unread := [sentence for sentence in said if not _has_word(sentence, config)]:
+            raise UsageError(f"--vectors {config.vectors} leave no room in {unread[0]!r}; give fewer")
         return replace(manifest, rows=tuple(replace(row, captions=said) for row in manifest.rows))
     pattern = reference([config.word], bare=True)
     assert pattern
@@ -95,6 +97,14 @@ def with_word(manifest: Manifest, config: EmbeddingConfig) -> Manifest:
         raise UsageError(
             f"{len(silent)} of {len(manifest.kept)} pictures have a caption without the word {config.word!r}, "
             f"{silent[0]} is the first; write it into them, or give --captions object or style"
+        )
+    unread = [
+        row.path for row in manifest.kept if not all(_has_word(caption, config) for caption in row.captions)
+    ]
+    if unread:
+        raise UsageError(
+            f"{len(unread)} of {len(manifest.kept)} pictures have a caption with {config.word!r} after the 75 tokens "
+            f"that are read, {unread[0]} is the first; write it earlier, or give --captions object or style"
         )
     return manifest
 
@@ -174,6 +184,11 @@ class EmbeddingTask(UNetTask):
 def _read(caption: str, config: EmbeddingConfig) -> Chunk:
     """What the encoders are given for a caption; of long ones, the first 75 tokens."""
     return chunks(parse(caption, "raw"), "raw", Tokenizer.default(), {config.word: config.vectors})[0]
+
+
+def _has_word(caption: str, config: EmbeddingConfig) -> bool:
+    """Whether the vectors are among what the encoders are given."""
+    return next(_read(caption, config).vectors(), None) is not None
 
 
 @dataclass(frozen=True, slots=True)

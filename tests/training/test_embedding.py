@@ -18,6 +18,7 @@ from sdxl_cli.checkpoint.embedding import read_embedding
 from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.read import load_model
 from sdxl_cli.checkpoint.write import save_model
+from sdxl_cli.data.manifest import read_manifest
 from sdxl_cli.errors import UsageError
 from sdxl_cli.generation.embeddings import Book
 from sdxl_cli.generation.encode import encode_text
@@ -25,7 +26,7 @@ from sdxl_cli.generation.prompt import Tokenizer
 from sdxl_cli.generation.reading import Reader
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.training.config import EmbeddingConfig
-from sdxl_cli.training.embedding import EmbeddingTask
+from sdxl_cli.training.embedding import EmbeddingTask, with_word
 from sdxl_cli.training.state import load_state
 from sdxl_cli.training.unet_request import UNetRequest
 from sdxl_cli.training.unet_run import train_unet
@@ -140,6 +141,26 @@ def test_own_captions_must_have_the_word_and_others_are_sentences_about_it(asked
     disc = replace(own, word="red")
     with pytest.raises(UsageError, match=r"of 7 pictures have a caption without the word 'red'"):
         train_unet(replace(asked, config=config(embedding=disc)))
+
+
+def test_a_word_after_what_is_read_is_refused(asked: UNetRequest) -> None:
+    """Such a picture would teach nothing, and a batch of them has no gradient."""
+    manifest = read_manifest(Path(str(asked.data)))
+    own, long = replace(WORD, captions="own"), "a red disc, " * 24
+    first, *rest = [replace(row, captions=(f"{long} thingamy",)) for row in manifest.rows]
+    rest = [replace(row, captions=(f"thingamy, {long}",)) for row in rest]
+    with pytest.raises(UsageError, match=rf"1 of 7 .* after the 75 tokens that are read, {first.path} is"):
+        with_word(replace(manifest, rows=(first, *rest)), own)
+    early = replace(manifest, rows=tuple(rest))
+    assert with_word(early, own) == early
+    with pytest.raises(UsageError, match=r"--vectors 74 leave no room in 'a photo of thingamy'; give fewer"):
+        with_word(manifest, replace(WORD, vectors=74))
+
+
+def test_a_word_is_not_dropped_from_captions() -> None:
+    with pytest.raises(UsageError, match="give --set text_dropout=0"):
+        config(text_dropout=0.1, text_dropout_mode="empty")
+    assert config(text_dropout=0.0, text_dropout_mode="empty").embedding == WORD
 
 
 @pytest.mark.parametrize(
