@@ -31,7 +31,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
     """The optimizer that the configuration names, for these parameters by name.
 
     Raises:
-        UsageError: it needs a package that is not installed, or a device that is not there.
+        UsageError: it needs a package that is not installed, a device that is not there, or one rate for all.
     """
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -87,6 +87,8 @@ def _adafactor(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer
 
 
 def _prodigy(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    if len({group[RATE_SCALE] for group in groups}) > 1:
+        raise UsageError("prodigy finds one rate for all weights; leave the rates of single ones out")
     package = _package("prodigyopt", "prodigy")
     # bias correction and a guarded warm-up: the settings its authors give for diffusion models
     with contextlib.redirect_stdout(io.StringIO()):  # it says on stdout that it decays weights

@@ -7,7 +7,7 @@ from dataclasses import replace
 from sdxl_cli.errors import UsageError, unknown
 from sdxl_cli.model.config import PREFIXES, ModelConfig
 from sdxl_cli.model.sdxl import SDXL
-from sdxl_cli.training.config import LoopConfig, UNetTrainConfig
+from sdxl_cli.training.config import LoopConfig, OptimizerConfig, UNetTrainConfig
 
 
 def part_prefixes(model: ModelConfig) -> dict[str, str]:
@@ -35,7 +35,7 @@ def trained_parts(config: UNetTrainConfig, model: ModelConfig) -> list[str]:
     """Names of the parts that a configuration trains; none where it trains a word.
 
     Raises:
-        UsageError: none is left.
+        UsageError: none is left, or they have rates that the optimizer cannot give them.
     """
     if config.embedding.word:
         return []
@@ -44,7 +44,20 @@ def trained_parts(config: UNetTrainConfig, model: ModelConfig) -> list[str]:
     left = [name for name in wanted if rates.get(name) != 0]
     if not left:
         raise UsageError("loop.optimizer.rates is 0 for every part; there is nothing to train")
+    _require_one_rate(config.loop.optimizer, left)
     return left
+
+
+def _require_one_rate(optimizer: OptimizerConfig, parts: list[str]) -> None:
+    """Refuse rates of single parts where the optimizer finds one for all."""
+    rates = {name: optimizer.rates.get(name, optimizer.learning_rate) for name in parts}
+    if optimizer.name != "prodigy" or len(set(rates.values())) == 1:
+        return
+    others = [name for name, rate in rates.items() if rate != optimizer.learning_rate]
+    sets = " ".join(f"--set loop.optimizer.rates.{name}={optimizer.learning_rate:g}" for name in others)
+    raise UsageError(
+        f"prodigy finds one rate for all parts, and rates has others for {' and '.join(others)}; give {sets}"
+    )
 
 
 def choose_trained(model: SDXL, parts: list[str]) -> None:

@@ -313,6 +313,23 @@ def test_the_command_trains_a_lora_of_any_model_and_generation_wears_it(
     assert "not in" not in said
 
 
+def test_prodigy_says_which_rates_of_the_preset_are_in_its_way(
+    asked: UNetRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("prodigyopt")
+    command = ["train-unet", "--preset", "lora", "--data", str(asked.data), "--model", str(asked.init)]
+    command += ["--cache", str(asked.cache), "-o", "run", "--max-steps", "2", "-q"]
+    command += ["--train-text-encoders", "--optimizer", "prodigy", "--learning-rate", "1"]
+    assert cli.run(command) == 2
+    said = capsys.readouterr().err
+    assert "prodigy finds one rate for all parts, and rates has others for clip_l and big_g" in said
+    sets = said.strip().rpartition("; give ")[2].split()
+    assert sets == ["--set", "loop.optimizer.rates.clip_l=1", "--set", "loop.optimizer.rates.big_g=1"]
+    assert cli.run([*command, *sets]) == 0
+    alone = [word for word in command if word != "--train-text-encoders"]
+    assert cli.run([*alone, "-o", "alone"]) == 0
+
+
 def test_a_dry_run_of_a_lora_is_one(asked: UNetRequest) -> None:
     assert try_unet(asked).memory > 0
     assert not asked.output.exists()

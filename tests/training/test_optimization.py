@@ -184,6 +184,13 @@ def test_every_optimizer_goes_down(
     assert capsys.readouterr().out == "", "stdout is for results"
 
 
+def test_prodigy_has_one_rate() -> None:
+    weights = {name: nn.Parameter(torch.zeros(2, 2)) for name in ("a", "b")}
+    config = OptimizerConfig(name="prodigy", learning_rate=1.0, rates={"a": 0.1})
+    with pytest.raises(UsageError, match="prodigy finds one rate for all weights"):
+        build_optimizer(weights, config)
+
+
 def test_adafactor_keeps_a_row_and_a_column() -> None:
     weight = nn.Parameter(torch.randn(7, 5))
     optimizer = build_optimizer({"weight": weight}, OptimizerConfig(name="adafactor"))
