@@ -198,11 +198,20 @@ class BatchLoader:
         )
 
 
+def kept_rows(manifest: Manifest) -> tuple[Row, ...]:
+    """What there is to train on.
+
+    Raises:
+        UsageError: there is nothing.
+    """
+    if not manifest.kept:
+        raise UsageError("the manifest keeps no pictures; look at the fates it gives")
+    return manifest.kept
+
+
 def _usable(manifest: Manifest, cache: LatentCache | None, text: TextCache | None) -> tuple[Row, ...]:
     """The kept rows, all of which the caches hold."""
-    rows = manifest.kept
-    if not rows:
-        raise UsageError("the manifest keeps no pictures; look at the fates it gives")
+    rows = kept_rows(manifest)
     if cache is not None and (missing := cache.missing(rows)):
         raise UsageError(
             f"{cache.folder}: {len(missing)} of {len(rows)} crops are not cached; cache them first"

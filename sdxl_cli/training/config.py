@@ -7,6 +7,7 @@ from typing import Literal
 
 from sdxl_cli.diffusion.formulation import Prediction
 from sdxl_cli.errors import UsageError, unknown
+from sdxl_cli.generation.request import LARGEST_SEED
 
 DropoutMode = Literal["joint", "independent", "empty"]
 TEXT_OUTPUTS = ("clip_l", "big_g", "pooled")
@@ -66,7 +67,12 @@ class OptimizerConfig:
             raise UsageError('schedule "constant" has no warmup_steps; use "constant_with_warmup"')
         if self.decay_steps and not self.schedule.startswith("constant"):
             raise UsageError(f'decay_steps goes with a constant schedule; "{self.schedule}" falls by itself')
-        for name in ("warmup_steps", "decay_steps", "max_grad_norm"):
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise UsageError(f"betas has {beta}; each must be 0 to below 1")
+        if not self.eps > 0:
+            raise UsageError(f"eps is {self.eps}; it must be above 0")
+        for name in ("weight_decay", "warmup_steps", "decay_steps", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be 0 or above")
 
@@ -125,6 +131,8 @@ class LoopConfig:
         ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise UsageError(f"seed is {self.seed}; it must be 0 to {LARGEST_SEED}")
         if self.shard_size and self.distributed != "hsdp":
             raise UsageError('shard_size goes with distributed = "hsdp"')
         if not 0 <= self.ema_decay < 1:

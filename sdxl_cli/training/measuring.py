@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from sdxl_cli.data.loader import Batch, Latents
+from sdxl_cli.data.loader import Batch, Latents, kept_rows
 from sdxl_cli.data.manifest import Manifest
 from sdxl_cli.model.config import VAEConfig
 from sdxl_cli.training.config import LoopConfig
@@ -80,8 +80,12 @@ class LargestBatch:
 
     @classmethod
     def of(cls, manifest: Manifest, batch_size: int, vae: VAEConfig) -> LargestBatch:
-        """The largest size of a manifest."""
-        row = max(manifest.kept, key=lambda row: row.plan.target_size[0] * row.plan.target_size[1])
+        """The largest size of a manifest.
+
+        Raises:
+            UsageError: it keeps no pictures.
+        """
+        row = max(kept_rows(manifest), key=lambda row: row.plan.target_size[0] * row.plan.target_size[1])
         return cls(row.plan.target_size, batch_size, vae, next(iter(row.captions), ""))
 
     def batch(self, step: int) -> Batch:

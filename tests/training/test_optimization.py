@@ -123,6 +123,10 @@ def test_schedules_are_those_of_transformers(name: Any, warmup: int, extra: dict
         {"schedule": "cosine", "decay_steps": 3},
         {"warmup_steps": -1},
         {"learning_rate": 0.0},
+        {"betas": (0.9, 1.0)},
+        {"betas": (-0.1, 0.999)},
+        {"eps": 0.0},
+        {"weight_decay": -0.01},
         {"name": "prodigy", "learning_rate": 1e-4},
     ],
 )

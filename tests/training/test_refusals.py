@@ -13,10 +13,12 @@ import torch
 
 from sdxl_cli import cli
 from sdxl_cli.checkpoint.write import save_model, save_vae
+from sdxl_cli.data.manifest import read_manifest
 from sdxl_cli.errors import FileError, SdxlError, UsageError
 from sdxl_cli.generation.prompt import Tokenizer
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
+from sdxl_cli.training.measuring import LargestBatch
 from sdxl_cli.training.unet_request import UNetRequest
 from sdxl_cli.training.unet_run import train_unet
 from sdxl_cli.training.vae_run import VAERequest, train_vae
@@ -216,6 +218,14 @@ def test_crops_larger_than_every_picture_are_refused(vae_request: VAERequest) ->
         train_vae(replace(vae_request, config=config))
 
 
+def test_a_manifest_that_keeps_nothing_has_no_largest_size(manifest: Path) -> None:
+    """Of which a plan and a dry run make their batch."""
+    read = read_manifest(manifest)
+    empty = replace(read, rows=tuple(replace(row, fate="too_small") for row in read.rows))
+    with pytest.raises(UsageError, match="the manifest keeps no pictures; look at the fates it gives"):
+        LargestBatch.of(empty, 1, SMALL.vae)
+
+
 @pytest.mark.parametrize(
     ("make", "change"),
     [
@@ -224,6 +234,8 @@ def test_crops_larger_than_every_picture_are_refused(vae_request: VAERequest) ->
         (unet_config, {"timestep_max": 1000}),
         (unet_config, {"ema_decay": 1.0}),
         (unet_config, {"batch_size": 0}),
+        (unet_config, {"seed": -1}),
+        (unet_config, {"seed": 2**32}),
         (vae_config, {"crop_sizes": (30, 40)}),
         (vae_config, {"crop_weights": (1.0,)}),
     ],
