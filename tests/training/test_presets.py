@@ -7,9 +7,11 @@ from dataclasses import asdict
 
 import pytest
 
+from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.model.config import CONFIGS
 from sdxl_cli.presets import layered, load, preset_dir
 from sdxl_cli.training.config import UNetTrainConfig
+from sdxl_cli.training.unet_request import require_same_prediction
 
 STAGES = ("pretrain-256", "pretrain-512", "multiaspect", "refiner", "finetune", "lora")
 
@@ -48,9 +50,15 @@ def test_small_versions_differ_in_size_and_length_only(name: str) -> None:
         assert (small["timestep_min"], small["timestep_max"]) == (0, 199)
         return
     sizes = {"model", "native_size", "train_text_encoders", "loop"}
+    if name == "finetune":  # the bundled model's own
+        sizes.add("prediction")
     assert {k: v for k, v in large.items() if k not in sizes} == {
         k: v for k, v in small.items() if k not in sizes
     }
+
+
+def test_the_bundled_model_can_be_fine_tuned_as_its_preset_says() -> None:
+    require_same_prediction(locate("bundled", "model"), stage("finetune-tiny"))
 
 
 def test_flags_beat_sets_beat_the_preset() -> None:
