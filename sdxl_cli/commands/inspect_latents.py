@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,9 +78,7 @@ def command(
     ] = 1024,
     scale_factor: Annotated[
         float | None,
-        typer.Option(
-            "--scale-factor", help="Check this one.", metavar="X", show_default="the autoencoder's", min=0.0
-        ),
+        typer.Option("--scale-factor", help="Check this one.", metavar="X", show_default="the autoencoder's"),
     ] = None,
     scaled: Annotated[
         bool,
@@ -173,6 +172,8 @@ def _check(given: dict[str, Any]) -> None:
     """Refuse flags that contradict each other, or that nothing would come of."""
     from sdxl_cli.metrics.lpips import NETS
 
+    if given["scale_factor"] is not None and not 0 < given["scale_factor"] < math.inf:
+        raise UsageError(f"--scale-factor {given['scale_factor']:g}: has to be above 0, such as 0.13025")
     if (given["prompt"] is None) == (not given["inputs"]):
         raise UsageError("give pictures or latents to look at, or --prompt to follow a generation; not both")
     needs = ("compare_vae", "compare", "lpips", "lpips_weights", "scale_factor", "scaled")
