@@ -187,6 +187,10 @@ def _check(given: dict[str, Any]) -> None:
         raise UsageError("--compare-vae and --compare: one at a time")
     if given["fp16_audit"] not in (None, *AUDITS):
         raise unknown("part to audit", given["fp16_audit"], AUDITS)
+    if given["fp16_audit"] and given["dtype"] not in (None, "auto", "fp32"):
+        raise UsageError(
+            f"--dtype {given['dtype']}: an audit runs the networks in fp32, where nothing overflows; leave it out"
+        )
     if given["lpips"] not in (None, *NETS):
         raise unknown("LPIPS network", given["lpips"], NETS)
 
@@ -248,6 +252,8 @@ def _settled(given: dict[str, Any], console: Console, job: Any) -> Any:
 
     names = flags.flags_of(GenerateRequest, given)
     asked = {name: value for name, value in names.items() if value is not None} | {"num_images": 1}
+    if given["fp16_audit"]:
+        asked |= {"dtype": "fp32", "vae_dtype": "fp32"}
     request = presets.layered(
         GenerateRequest, preset="generate", config=None, sets=(), flags={"prompt": "", **asked}
     )

@@ -20,6 +20,8 @@ from sdxl_cli import cli
 from sdxl_cli.checkpoint.write import save_vae
 from sdxl_cli.data.loader import to_tensor
 from sdxl_cli.errors import UsageError
+from sdxl_cli.generation import device
+from sdxl_cli.inspection import audit, following
 from sdxl_cli.inspection.latents import Findings, InspectRequest, inspect_latents
 from sdxl_cli.model.vae import Autoencoder
 from tests.inspection.conftest import SMALL
@@ -154,7 +156,7 @@ def test_a_generation_is_followed_step_by_step(followed: dict[str, Any], tmp_pat
 def test_what_is_followed_is_the_picture_that_generate_makes(
     followed: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    flags = ["--model", "bundled", "--steps", "4", "--seed", "7", "--size", "64x64", "-q"]
+    flags = ["--model", "bundled", "--steps", "4", "--seed", "7", "--size", "64x64", "--dtype", "fp32", "-q"]
     assert cli.run(["generate", "a red apple", *flags, "-o", str(tmp_path / "made.png")]) == 0
     made = np.asarray(Image.open(tmp_path / "made.png"))
     sheet = np.asarray(Image.open(tmp_path / "out" / "steps.png"))
@@ -171,6 +173,24 @@ def test_a_unet_is_watched_on_noised_latents_of_the_pictures(
     assert (audit["network"], audit["runs"]) == ("U-Net", 6)
     assert {layer["at"] for layer in audit["layers"]} <= {f"t={t}" for t in (999, 799, 599, 400, 200, 0)}
     assert {"input_blocks.0.0", "out.2"} <= {layer["name"] for layer in audit["layers"]}
+
+
+@pytest.mark.parametrize("inputs", [["b.png"], ["--prompt", "x", "--steps", "1", "--size", "64x64"]])
+def test_an_audit_is_in_fp32_where_generation_would_not_be(
+    inputs: list[str], pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine whose processor has bf16."""
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
+    monkeypatch.chdir(pictures)
+    seen = set()
+
+    def noting(unet: torch.nn.Module, *rest: Any) -> Any:
+        seen.update(parameter.dtype for parameter in unet.parameters())
+        return audit.audit_unet(unet, *rest)
+
+    monkeypatch.setattr(following, "audit_unet", noting)
+    run(capsys, *inputs, "--model", "bundled", "--fp16-audit", "unet")
+    assert seen == {torch.float32}
 
 
 class Addresses(HTMLParser):
@@ -207,6 +227,13 @@ def test_the_report_is_one_file_and_asks_for_nothing(pictures: Path, vae_file: P
         (["a.png", "--steps", "3"], "--steps: says something about --prompt only"),
         (["--prompt", "x", "--scaled"], "--scaled: says something about pictures or latents only"),
         (["a.png", "--fp16-audit", "unets"], "did you mean unet"),
+        (
+            ["a.png", "--fp16-audit", "vae", "--dtype", "fp16"],
+            "--dtype fp16: an audit runs the networks in fp32",
+        ),
+        (["a.png", "--scale-factor", "0"], "--scale-factor 0: has to be above 0"),
+        (["a.png", "--scale-factor", "-1"], "--scale-factor -1: has to be above 0"),
+        (["a.png", "--scale-factor", "nan"], "--scale-factor nan: has to be above 0"),
         (["a.png", "--lpips", "vgg16"], "did you mean vgg"),
         (["a.png", "--compare-vae", "x", "--compare", "y"], "one at a time"),
     ],
