@@ -202,6 +202,11 @@ def _looked(given: dict[str, Any], console: Console) -> tuple[Findings, InspectR
     from sdxl_cli.generation.device import pick_device
     from sdxl_cli.inspection.latents import InspectRequest, inspect_latents
 
+    settled = None
+    if given["fp16_audit"] in ("unet", "all"):
+        from sdxl_cli.generation.jobs import Job
+
+        settled = _settled(given, console, Job)
     request = InspectRequest(
         inputs=tuple(given["inputs"]),
         vae=given["vae"] or given["model"],
@@ -212,15 +217,14 @@ def _looked(given: dict[str, Any], console: Console) -> tuple[Findings, InspectR
         scale_factor=given["scale_factor"],
         latents_are_scaled=given["scaled"],
         audit=given["fp16_audit"] in ("vae", "all"),
+        network_channels=settled.models.base.config.vae.z_channels if settled else None,
         device=str(pick_device(given["device"])),
     )
     found = inspect_latents(request, _perceptual(given, request.device))
-    if given["fp16_audit"] in ("unet", "all"):
-        from sdxl_cli.generation.jobs import Job
+    if settled is not None:
         from sdxl_cli.inspection.following import audit_levels
 
         height, width = found.sample[0].shape[-2:]
-        settled = _settled(given, console, Job)
         same = [latent for latent in found.sample if latent.shape[-2:] == (height, width)]
         audit = audit_levels(settled.models.base, settled.plan, same)
         found = replace(found, report=replace(found.report, audits=(*found.report.audits, audit)))

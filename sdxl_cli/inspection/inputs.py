@@ -41,6 +41,10 @@ class Stored:
     name: str
     load: Callable[[], tuple[Tensor, Tensor | None]]
     """(values [z, h, w], None), or (mean, log-variance) of a posterior; of any floating-point type."""
+    path: Path | None = None
+    """The file they are in; None for those that were just made."""
+    channels: int = 0
+    """z, for those of a file."""
 
 
 Item = Picture | Stored
@@ -124,13 +128,35 @@ def _latents(path: Path) -> Iterator[Stored]:
             raise FileError(
                 f"{path}: {name} is {file.dtypes[name]} {list(shape)}; latents are floats [4, h, w] or [n, 4, h, w]"
             )
+        if 0 in shape:
+            raise FileError(f"{path}: {name} is {list(shape)}, which holds nothing; leave it out")
+        channels = shape[-3]
         if MAKER_KEY in file.metadata:
-            yield Stored(name, _posterior(file, name))
+            yield Stored(name, _posterior(file, name), path, channels)
         elif len(shape) == 3:
-            yield Stored(name, _single(file, name, None))
+            yield Stored(name, _single(file, name, None), path, channels)
         else:
             for index in range(shape[0]):
-                yield Stored(f"{name}[{index}]", _single(file, name, index))
+                yield Stored(f"{name}[{index}]", _single(file, name, index), path, channels)
+
+
+def require_channels(items: Sequence[Item], channels: int, whose: str) -> None:
+    """Refuse stored latents that a network cannot read, before any work is done.
+
+    Args:
+        items: those that it is to read.
+        channels: its latents'.
+        whose: what to call it.
+
+    Raises:
+        FileError: naming the first that does not fit.
+    """
+    for item in items:
+        if isinstance(item, Stored) and item.path is not None and item.channels != channels:
+            raise FileError(
+                f"{item.path}: {item.name} has {item.channels} channels, the latents of {whose} have {channels}; "
+                "give the autoencoder it was made by"
+            )
 
 
 def _posterior(file: TensorFile, name: str) -> Callable[[], tuple[Tensor, Tensor | None]]:

@@ -20,7 +20,7 @@ from sdxl_cli.generation.preview import LatentColours, fit_colours
 from sdxl_cli.inspection.audit import Audit, audit_decoder, audit_vae
 from sdxl_cli.inspection.families import likeness
 from sdxl_cli.inspection.findings import FITTING, Comparison, Followed, LatentReport, quality
-from sdxl_cli.inspection.inputs import Item, Picture, Stored, chosen, find_inputs
+from sdxl_cli.inspection.inputs import Item, Picture, Stored, chosen, find_inputs, require_channels
 from sdxl_cli.inspection.sheets import ROWS, Sheet, Strip, channel_maps, comparison, decoded, versus
 from sdxl_cli.inspection.statistics import frechet
 from sdxl_cli.inspection.subject import Perceptual, Subject, agreement, cut, rank, ranked, spread
@@ -56,6 +56,8 @@ class InspectRequest:
     """Latents in safetensors files were multiplied by the scale factor, as generation has them."""
     audit: bool = False
     """Whether to watch the autoencoder's layers."""
+    network_channels: int | None = None
+    """Of the latents that a U-Net is going to read, where one is; others are refused."""
     device: str = "cpu"
     """As torch names it."""
 
@@ -81,6 +83,8 @@ def inspect_latents(request: InspectRequest, lpips: Perceptual | None = None) ->
         UsageError, FileError: an input or an autoencoder cannot be used.
     """
     items, found = _picked(request.inputs, request)
+    if request.network_channels is not None:
+        require_channels(items, request.network_channels, "the model's U-Net")
     files = None
     pictures = any(isinstance(item, Picture) for item in items)
     if request.compare_vae is not None and not pictures:
@@ -90,6 +94,8 @@ def inspect_latents(request: InspectRequest, lpips: Perceptual | None = None) ->
     if request.scale_factor is None or pictures or request.vae is not None or request.audit:
         files = locate(request.vae, "vae")
         console().note(f"autoencoder: {files.describe()}")
+        if request.vae is not None or request.audit:
+            require_channels(items, files.config.vae.z_channels, files.name)
     return _Inspection(request, files, lpips).run(items, found, others)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,12 +255,33 @@ def test_json_is_the_whole_report(latents: Write, capsys: pytest.CaptureFixture[
     [
         ({"x": torch.zeros(4, 4)}, r"x is F32 \[4, 4\]; latents are floats"),
         ({"x": torch.zeros(1, 4, 2, 2, dtype=torch.int64)}, "x is I64"),
+        ({"x": torch.zeros(4, 0, 16)}, r"latents\.safetensors: x is \[4, 0, 16\], which holds nothing"),
+        ({"x": torch.zeros(0, 4, 8, 8)}, "which holds nothing"),
         ({"x": torch.zeros(4, 2, 2), "y": torch.zeros(8, 2, 2)}, "channels, .* has"),
     ],
 )
 def test_files_of_something_else_are_refused(tensors: dict[str, Tensor], says: str, latents: Write) -> None:
     with pytest.raises(FileError, match=says):
         look(latents(**tensors), scale_factor=1.0)
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize(
+    ("flags", "whose"),
+    [
+        (["--vae", "bundled"], "sdxl-tiny-base"),
+        (["--fp16-audit", "vae"], "sdxl-tiny-base"),
+        (["--fp16-audit", "unet"], "the model's U-Net"),
+    ],
+)
+def test_latents_of_another_kind_of_autoencoder_are_not_decoded(
+    channels: int, flags: list[str], whose: str, latents: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shape in ((channels, 8, 8), (2, channels, 8, 8)):
+        path = latents(x=torch.zeros(shape))
+        assert cli.run(["inspect-latents", str(path), "--model", "bundled", *flags]) == 3
+        said = capsys.readouterr().err
+        assert re.search(rf"{path.name}: x.* has {channels} channels, the latents of {whose} have 4", said)
 
 
 def test_a_model_in_place_of_latents_is_recognised(vae_file: Path) -> None:
