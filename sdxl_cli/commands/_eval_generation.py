@@ -133,7 +133,7 @@ def command(
     frame = shared.framing(size, filter_name)
     folder = shared.place(output, "generation", {**chosen.settings(), **networks.settings(), **given})
     console.note(f"{chosen.count} pictures for {len(texts)} prompts at {len(scales)} scales; into {folder}")
-    other, warnings = shared.reference(given, wanted, frame, folder, console)
+    other, warnings = shared.reference(given, wanted, frame, folder, console, count=chosen.count)
     rows = []
     for scale in scales:
         table = generated(

@@ -79,6 +79,8 @@ def command(
     wanted = parse_metrics(metrics, METRICS)
     apart = [name for name in wanted if name not in PAIRED]
     pairs = [name for name in wanted if name in PAIRED]
+    if pairs and reference is None:
+        raise UsageError(f"{', '.join(pairs)} compare pairs of pictures: give --reference FOLDER")
     frame = shared.framing(size, filter_name)
     seen = bool({"fid", "kid", "is"} & set(wanted))
     networks = Networks(
@@ -87,10 +89,12 @@ def command(
     found = open_pictures(pictures, frame, limit)
     texts = _texts(found, prompts) if "clip" in wanted else None
     asked = {**found.settings(), **networks.settings(), **text_settings(texts)}
-    folder = shared.place(output, "images", {**asked, **given})
+    # pairs are in a table of their own, whose settings these are
+    compared = {"pairs": sorted(pairs), "others": reference} if pairs else {}
+    folder = shared.place(output, "images", {**asked, **compared, **given})
     console.note(f"{len(found)} of {found.found} pictures; into {folder}")
     scores: list[Score] = []
-    other, warnings = shared.reference(given, wanted, frame, folder, console)
+    other, warnings = shared.reference(given, wanted, frame, folder, console, count=len(found))
     if apart:
         table = measured(
             found, networks, folder / "pictures", batch=batch_size, description="pictures", texts=texts
@@ -129,8 +133,6 @@ def _pairs(
     from sdxl_cli.evaluation.pairs import compared
     from sdxl_cli.evaluation.pictures import open_pictures
 
-    if given["reference"] is None:
-        raise UsageError(f"{', '.join(metrics)} compare pairs of pictures: give --reference FOLDER")
     others = open_pictures(given["reference"], pictures.framing)
     return compared(pictures, others, networks, folder / "pairs", metrics=metrics, batch=given["batch_size"])
 

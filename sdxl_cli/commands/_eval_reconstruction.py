@@ -76,7 +76,9 @@ def command(
     autoencoders = [locate(name, "vae") for name in vae] if vae else [locate(None, "vae")]
     networks = Networks(shared.network_flags(given), inception="rfid" in wanted, lpips="lpips" in wanted)
     found = open_pictures(pictures, shared.framing(size, filter_name), limit)
-    folder = shared.place(output, "reconstruction", {**found.settings(), **networks.settings(), **given})
+    # which metrics are measured is in the tables' own settings
+    asked = {**found.settings(), **networks.settings(), "measured": sorted(wanted)}
+    folder = shared.place(output, "reconstruction", {**asked, **given})
     console.note(f"{len(found)} of {found.found} pictures at {size} pixels; into {folder}")
     dtype = _precision(vae_dtype, device)
     rows, warnings = [], []

@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from sdxl_cli.evaluation.scores import Paper, Row
 
 NETWORKS, DRAWING = "Networks that measure", "What is drawn at random"
-_NO_MATTER = ("output", "device", "quiet", "as_json")
-"""Flags that change no number."""
+_NO_MATTER = (
+    *("output", "device", "quiet", "as_json"),
+    *("metrics", "reference", "kid_subsets", "kid_subset_size", "is_splits", "metric_seed"),
+)
+"""Flags that change nothing about pictures and features: those that are there serve whatever is asked of them."""
 WARNED = 5
 """Pictures that are named one by one when they cannot be used."""
 
@@ -195,12 +198,22 @@ def place(output: Path | None, kind: str, decides: Mapping[str, Any]) -> Path:
     if output is not None:
         return output
     same = {name: value for name, value in decides.items() if name not in _NO_MATTER}
-    text = json.dumps(to_jsonable(same), sort_keys=True)
-    return Path("evaluations") / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return Path("evaluations") / f"{kind}-{_short_hash(same)}"
+
+
+def _short_hash(settings: Mapping[str, Any]) -> str:
+    text = json.dumps(to_jsonable(settings), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def reference(
-    given: Mapping[str, Any], wanted: Sequence[str], frame: Framing, folder: Path, console: Console
+    given: Mapping[str, Any],
+    wanted: Sequence[str],
+    frame: Framing,
+    folder: Path,
+    console: Console,
+    *,
+    count: int,
 ) -> tuple[Reference | None, list[str]]:
     """What is compared with, where something is: statistics as they are, pictures after measuring them.
 
@@ -208,26 +221,39 @@ def reference(
         None where no metric compares; and warnings.
 
     Raises:
-        UsageError: there is nothing to compare with, or it was measured otherwise.
+        UsageError: there is nothing to compare with, it was measured otherwise, or a metric cannot be had from
+            ``count`` pictures and it.
     """
-    from sdxl_cli.evaluation.distribution import STATISTICS, measured, read_statistics, reference_of
-    from sdxl_cli.evaluation.networks import Networks
-    from sdxl_cli.evaluation.pictures import open_pictures
+    from sdxl_cli.evaluation.distribution import require_comparable, require_enough
 
+    require_enough(wanted, count, drawing(given))
     if not {"fid", "kid"} & set(wanted):
         return None, []
     path: Path | None = given["reference"]
     if path is None:
         raise UsageError("FID and KID compare with other pictures: give --reference PATH, or other --metrics")
+    found, warnings = _measured_reference(path, given, frame, folder, console)
+    require_comparable(wanted, count, found, drawing(given))
+    return found, warnings
+
+
+def _measured_reference(
+    path: Path, given: Mapping[str, Any], frame: Framing, folder: Path, console: Console
+) -> tuple[Reference, list[str]]:
+    from sdxl_cli.evaluation.distribution import STATISTICS, measured, read_statistics, reference_of
+    from sdxl_cli.evaluation.networks import Networks
+    from sdxl_cli.evaluation.pictures import open_pictures
+
     networks = Networks(network_flags(given), inception=True)
     if path.suffix in STATISTICS:
         return read_statistics(path, {**frame.settings(), **networks.settings()})
     pictures = open_pictures(path, frame)
-    table = measured(
-        pictures, networks, folder / "reference", batch=given["batch_size"], description="reference"
-    )
+    settings = {**pictures.settings(), **networks.settings()}
+    # the same pictures may be held against one reference after the other
+    own = folder / f"reference-{_short_hash(settings)}"
+    table = measured(pictures, networks, own, batch=given["batch_size"], description="reference")
     tell_unusable(pictures.unusable(), console)
-    return reference_of(table, {**pictures.settings(), **networks.settings()}), []
+    return reference_of(table, settings), []
 
 
 def tell_unusable(found: Sequence[str], console: Console) -> None:

@@ -158,8 +158,7 @@ def scores_of(
         warnings += said
     if "is" in metrics:
         logits = table.rows(LOGITS)
-        if len(logits) < drawing.is_splits:
-            raise UsageError(f"--is-splits {drawing.is_splits}: there are only {len(logits)} pictures")
+        require_enough(["is"], len(logits), drawing)
         spread = inception_score(logits, splits=drawing.is_splits, seed=drawing.seed)
         scores.append(
             Score(
@@ -180,6 +179,36 @@ def scores_of(
         if cut := int(table.column(CUT).sum()):
             warnings.append(f"CLIP read only the beginning of {cut} texts, which are longer than it can read")
     return scores, warnings
+
+
+def require_two(metric: str, count: int) -> None:
+    """Refuse a Fréchet distance of less: one picture has no covariance."""
+    if count < 2:
+        raise UsageError(f"{metric} needs at least two pictures; give more, or leave out {metric.lower()}")
+
+
+def require_enough(metrics: Sequence[str], count: int, drawing: Drawing) -> None:
+    """Refuse what would come to nothing with so many pictures, before any is made or measured.
+
+    Raises:
+        UsageError: naming the flag that asks for more.
+    """
+    if "fid" in metrics:
+        require_two("FID", count)
+    if "kid" in metrics:
+        _kid_size(count, None, drawing)
+    if "is" in metrics and count < drawing.is_splits:
+        raise UsageError(f"--is-splits {drawing.is_splits}: there are only {count} pictures")
+
+
+def require_comparable(metrics: Sequence[str], count: int, reference: Reference, drawing: Drawing) -> None:
+    """The same of what pictures are compared with.
+
+    Raises:
+        UsageError: it has no features, or too few.
+    """
+    if "kid" in metrics:
+        _kid_size(count, _features(reference), drawing)
 
 
 def few(metric: str, count: int | None, reference: int | None) -> list[str]:
@@ -204,23 +233,14 @@ def few(metric: str, count: int | None, reference: int | None) -> list[str]:
 
 
 def _kid(table: Table, reference: Reference, drawing: Drawing) -> tuple[Score, list[str]]:
-    if reference.rows is None:
-        raise UsageError(
-            "--metrics kid: the statistics have no features; make them with --features, or leave out kid"
-        )
-    rows = table.rows(POOL)
-    least = min(len(rows), len(reference.rows))
-    size = drawing.kid_subset_size or min(KID_SUBSET_SIZE, least)
-    if not 2 <= size <= least:
-        raise UsageError(
-            f"--kid-subset-size {size}: there are {len(rows)} pictures and {len(reference.rows)} to compare"
-        )
+    others, rows = _features(reference), table.rows(POOL)
+    size = _kid_size(len(rows), others, drawing)
     warnings = []
     if drawing.kid_subset_size is None and size < KID_SUBSET_SIZE:
         warnings.append(
             f"KID: subsets are of {size} pictures, as there are no more; {KID_SUBSET_SIZE} is usual"
         )
-    spread = kernel_distance(rows, reference.rows, subsets=drawing.kid_subsets, size=size, seed=drawing.seed)
+    spread = kernel_distance(rows, others, subsets=drawing.kid_subsets, size=size, seed=drawing.seed)
     score = Score(
         metric="KID",
         value=spread.mean,
@@ -228,14 +248,34 @@ def _kid(table: Table, reference: Reference, drawing: Drawing) -> tuple[Score, l
         spread=spread.std,
         spread_is=f"deviation over {spread.parts} subsets of {size}",
         pictures=len(rows),
-        reference=len(reference.rows),
+        reference=len(others),
     )
     return score, warnings
 
 
+def _features(reference: Reference) -> Rows:
+    if reference.rows is None:
+        raise UsageError(
+            "--metrics kid: the statistics have no features; make them with --features, or leave out kid"
+        )
+    return reference.rows
+
+
+def _kid_size(count: int, others: Rows | None, drawing: Drawing) -> int:
+    """Pictures of a subset; ``others`` is None while they are not known."""
+    least = count if others is None else min(count, len(others))
+    size = drawing.kid_subset_size or min(KID_SUBSET_SIZE, least)
+    if not 2 <= size <= least:
+        compared = "" if others is None else f" and {len(others)} to compare"
+        raise UsageError(
+            f"--kid-subset-size {size}: there are {count} pictures{compared}, and it takes 2 at least; "
+            "give more, or leave out kid"
+        )
+    return size
+
+
 def _gaussian(table: Table) -> Gaussian:
-    if len(table.rows(POOL)) < 2:
-        raise UsageError("FID needs at least two pictures; give more, or leave out fid")
+    require_two("FID", len(table.rows(POOL)))
     return gaussian(table.parts(POOL))
 
 
