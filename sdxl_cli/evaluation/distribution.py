@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,7 +337,8 @@ def read_statistics(path: Path, settings: Mapping[str, Any]) -> tuple[Reference,
         raise FileError(f"{path}: no such file of statistics")
     arrays, note = _from_safetensors(path) if path.suffix == ".safetensors" else _from_npz(path)
     mean, covariance = arrays.get("mu"), arrays.get("sigma")
-    if mean is None or covariance is None or tuple(covariance.shape) != (FEATURES, FEATURES):
+    shapes = [None if part is None else tuple(part.shape) for part in (mean, covariance)]
+    if mean is None or covariance is None or shapes != [(FEATURES,), (FEATURES, FEATURES)]:
         raise FileError(
             f"{path}: has no mu [{FEATURES}] and sigma [{FEATURES}, {FEATURES}] of Inception's features"
         )
@@ -347,12 +350,36 @@ def read_statistics(path: Path, settings: Mapping[str, Any]) -> tuple[Reference,
             raise UsageError(
                 f"{path} was measured otherwise ({name}: {note.get(name)}, here {settings.get(name)})"
             )
-    count = note.get("count", int(arrays["count"]) if "count" in arrays else None)
-    features = arrays.get("features")
+    count, features = _count(path, note, arrays), arrays.get("features")
+    if features is not None and (features.ndim != 2 or features.shape[1] != FEATURES):
+        raise FileError(f"{path}: its features are {list(features.shape)} and not [n, {FEATURES}]")
     rows = _Memory(features) if features is not None else None
     return Reference(
         Gaussian(mean.double(), covariance.double(), count), rows, note or {"statistics": str(path)}
     ), warnings
+
+
+def _count(path: Path, note: Mapping[str, Any], arrays: Mapping[str, torch.Tensor]) -> int | None:
+    """How many pictures the statistics are of, where the file says so."""
+    count = note.get("count")
+    if count is None and "count" in arrays:
+        if arrays["count"].numel() != 1:
+            raise FileError(f"{path}: its count is {list(arrays['count'].shape)} and not one number")
+        count = int(arrays["count"])
+    return count
+
+
+def _settings(path: Path, text: str) -> dict[str, Any]:
+    """What a file says of how its pictures were measured."""
+    try:
+        note = json.loads(text)
+    except ValueError as error:
+        raise FileError(
+            f"{path}: its settings are not those of sdxl eval statistics; leave the array settings out ({error})"
+        ) from error
+    if not isinstance(note, dict):
+        raise FileError(f"{path}: its settings are not those of sdxl eval statistics; leave them out")
+    return note
 
 
 class _Memory:
@@ -371,19 +398,19 @@ class _Memory:
 
 def _from_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     file = TensorFile(path)
-    return {name: file.read(name) for name in file.shapes}, json.loads(file.metadata.get(_NOTE, "{}"))
+    return {name: file.read(name) for name in file.shapes}, _settings(path, file.metadata.get(_NOTE, "{}"))
 
 
 def _from_npz(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
-    except (OSError, ValueError, KeyError) as error:
-        raise FileError(f"{path}: is no .npz of plain arrays ({error})") from error
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise FileError(f"{path}: is no whole .npz of plain arrays ({error})") from error
     note = str(arrays.pop("settings", "{}"))
     numbers = {
         name: torch.from_numpy(np.asarray(array))
         for name, array in arrays.items()
         if array.dtype.kind in "fiu"
     }
-    return numbers, json.loads(note)
+    return numbers, _settings(path, note)

@@ -10,7 +10,7 @@ import torch
 from sdxl_cli.errors import FileError
 from sdxl_cli.evaluation.networks import Networks, scattered
 from sdxl_cli.evaluation.pictures import Pictures
-from sdxl_cli.evaluation.reconstruction import pair_columns
+from sdxl_cli.evaluation.reconstruction import pair_columns, too_small
 from sdxl_cli.evaluation.table import USED, Columns, Table
 
 
@@ -34,7 +34,8 @@ def compared(
         batch: pictures at once, where all have one size.
 
     Raises:
-        FileError: a picture has no partner or one of another size, or the folder was begun with other settings.
+        FileError: a picture has no partner, one of another size or too small a side, or the folder was begun with
+            other settings.
     """
     numbers = _partners(pictures, others)
     settings = {
@@ -57,6 +58,11 @@ def compared(
                 sizes = " and ".join(f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (one, other))
                 raise FileError(
                     f"{pictures.items[row].path}: the pair is {sizes}; give --size to bring both to one"
+                )
+            if short := too_small(min(one.shape[:2]), metrics, networks):
+                raise FileError(
+                    f"{pictures.items[row].path} is {one.shape[1]}x{one.shape[0]}, {short}; give a larger --size, "
+                    "or other --metrics"
                 )
             # one by one: pictures may differ in size from pair to pair
             parts.append(pair_columns([one], [other], networks, metrics))

@@ -12,13 +12,13 @@ from torch import Tensor
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.read import load_vae
 from sdxl_cli.errors import NumericError, UsageError
-from sdxl_cli.evaluation.distribution import few
+from sdxl_cli.evaluation.distribution import few, require_two
 from sdxl_cli.evaluation.networks import Networks, scattered, to_images, to_levels
 from sdxl_cli.evaluation.pictures import Pictures, Pixels
 from sdxl_cli.evaluation.scores import Score, mean_score
 from sdxl_cli.evaluation.table import USED, Columns, Table
 from sdxl_cli.metrics.distances import frechet_distance, gaussian
-from sdxl_cli.metrics.similarity import psnr, ssim
+from sdxl_cli.metrics.similarity import WINDOW, psnr, ssim
 from sdxl_cli.model.vae import Autoencoder
 
 METRICS = ("psnr", "ssim", "lpips", "rfid")
@@ -56,12 +56,16 @@ def reconstructed(
 
     Raises:
         FileError: the folder was begun with other settings, or no picture can be used.
-        UsageError: pictures of this size do not go through the autoencoder.
+        UsageError: pictures of this size do not go through the autoencoder or a metric, or are too few for one.
         NumericError: the autoencoder gives NaN or infinity.
     """
     factor = files.config.vae.downsampling
     if pictures.framing.size % factor:
         raise UsageError(f"--size {pictures.framing.size}: has to be a multiple of {factor} for {files.name}")
+    if short := too_small(pictures.framing.size, metrics, networks):
+        raise UsageError(f"--size {pictures.framing.size}: {short}; give a larger one, or other --metrics")
+    if "rfid" in metrics:
+        require_two("rFID", len(pictures))
     settings: dict[str, Any] = {
         **pictures.settings(),
         **networks.settings(),
@@ -138,6 +142,14 @@ class _Work:
             )
 
 
+def too_small(side: int, metrics: Sequence[str], networks: Networks) -> str | None:
+    """Which metric has no number for pictures with so short a side, in words; None when all have."""
+    least = {"ssim": WINDOW, "lpips": networks.lpips.least_side if networks.lpips is not None else 0}
+    return next(
+        (f"{name} needs sides of {least[name]} pixels" for name in metrics if side < least.get(name, 0)), None
+    )
+
+
 def pair_columns(
     originals: Sequence[Pixels], others: Sequence[Pixels], networks: Networks, metrics: Sequence[str]
 ) -> Columns:
@@ -178,6 +190,7 @@ def reconstruction_scores(table: Table, metrics: Sequence[str]) -> tuple[list[Sc
     """The numbers of one autoencoder, and warnings about them."""
     scores, warnings = pair_scores(table, metrics)
     if "rfid" in metrics:
+        require_two("rFID", len(table.rows(_AGAIN)))
         original, again = (gaussian(table.parts(name)) for name in (_ORIGINAL, _AGAIN))
         scores.append(
             Score(

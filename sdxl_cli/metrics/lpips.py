@@ -55,13 +55,18 @@ class LPIPS(nn.Module):
         Raises:
             ValueError: a side is too small for the trunk.
         """
-        if min(images.shape[-2:]) < _LEAST[self.net]:
-            raise ValueError(f"LPIPS ({self.net}) needs sides of {_LEAST[self.net]} pixels")
+        if min(images.shape[-2:]) < self.least_side:
+            raise ValueError(f"LPIPS ({self.net}) needs sides of {self.least_side} pixels")
         distances = [
             torch.einsum("bchw,c->b", (_unit(a) - _unit(b)).square(), head) / (a.shape[2] * a.shape[3])
             for a, b, head in zip(self._features(images), self._features(others), self.heads, strict=True)
         ]
         return torch.stack(distances).sum(dim=0)
+
+    @property
+    def least_side(self) -> int:
+        """In pixels: what the trunk makes features of."""
+        return _LEAST[self.net]
 
     def digest(self) -> str:
         """sha256 of all weights: which LPIPS it is, whatever files it came from."""

@@ -14,7 +14,9 @@ import torch_fidelity
 from PIL import Image
 
 from sdxl_cli import cli
+from sdxl_cli.errors import FileError
 from sdxl_cli.evaluation.distribution import read_statistics
+from sdxl_cli.evaluation.networks import Networks
 from sdxl_cli.evaluation.pictures import Framing, open_pictures
 from tests.evaluation.conftest import draw, scores
 
@@ -53,20 +55,24 @@ def test_fid_kid_and_is_are_those_of_torch_fidelity(
 
 
 def test_statistics_stand_for_their_pictures(
-    sets: tuple[Path, Path], inception_file: Path, run: Run, capsys: pytest.CaptureFixture[str]
+    sets: tuple[Path, Path],
+    inception_file: Path,
+    theirs: dict[str, float],
+    run: Run,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = ("--inception-weights", inception_file)
     for name in ("with.safetensors", "with.npz"):
         run("statistics", sets[1], "-o", name, "--features", *flags)
     assert not list(Path().glob("*.partial"))
     more = ("--kid-subset-size", 4, "--is-splits", 2, *flags)
-    expected = scores(run("images", sets[0], "--reference", sets[1], "-o", "a", *more))
+    args = ("images", sets[0], "-o", "a", *more, "--reference")
+    expected = scores(run(*args, sets[1], "--metrics", "kid,is"))
     # the pictures' own features are there already; only what they are compared with is another
-    for name, metric in (("with.npz", "FID"), ("with.safetensors", "KID")):
-        found = scores(
-            run("images", sets[0], "--reference", name, "-o", "a", "--metrics", metric.lower(), *more)
-        )
-        assert found[metric]["value"] == pytest.approx(expected[metric]["value"], rel=1e-9)
+    found = scores(run(*args, "with.safetensors", "--metrics", "kid"))
+    assert found["KID"]["value"] == pytest.approx(expected["KID"]["value"], rel=1e-9)
+    found = scores(run(*args, "with.npz", "--metrics", "fid"))
+    assert found["FID"]["value"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     # no result takes the place of another
     assert len(list(Path("a").glob("results*.json"))) == 3
     with np.load("with.npz") as content:
@@ -81,7 +87,7 @@ def test_statistics_stand_for_their_pictures(
         (("--reference", "with.npz", "--size", "64"), "was measured otherwise (size"),
         ((), "give --reference PATH"),
     ):
-        assert cli.run(["eval", "images", str(sets[0]), *args, "-o", "a", *map(str, flags)]) == 2
+        assert cli.run(["eval", "images", str(sets[0]), *args, "-o", "a", *map(str, more)]) == 2
         assert says in capsys.readouterr().err
 
 
@@ -141,6 +147,95 @@ def test_a_tar_that_changed_is_another_set_of_pictures(own_place: Path) -> None:
         found.append(open_pictures(Path("one.tar"), Framing()).settings())
     assert found[0]["files_sha256"] != found[1]["files_sha256"]
     assert open_pictures(Path("one.tar"), Framing()).settings() == found[1]
+
+
+def test_a_pair_too_small_for_a_metric_is_named(lpips_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (draw(Path(name), 1, seed, (8, 20)) for seed, name in enumerate(("one", "other")))
+    alex = ("--lpips-net", "alex", "--lpips-weights", str(lpips_file))
+    for args, says in ((("ssim",), "ssim needs sides of 11"), (("lpips", *alex), "lpips needs sides of 63")):
+        flags = ["--reference", str(other), "--device", "cpu", "--metrics", *args]
+        assert cli.run(["eval", "images", str(one), *flags]) == 3
+        assert f"000.png is 20x8, {says} pixels" in capsys.readouterr().err
+
+
+def test_what_cannot_be_had_is_refused_before_anything_is_measured(
+    sets: tuple[Path, Path],
+    inception_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of 6 pictures and a reference of 3 with features, or without."""
+    gaussian = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez("bare.npz", **gaussian)
+    np.savez("three.npz", **gaussian, features=np.zeros((3, 2048), np.float32), count=3)
+    monkeypatch.setattr(Networks, "features", lambda self, pictures: pytest.fail("measured"))
+    flags = ["--inception-weights", str(inception_file), "--device", "cpu"]
+    for args, says in (
+        (("--metrics", "is", "--is-splits", "7"), "--is-splits 7: there are only 6 pictures"),
+        (
+            ("--metrics", "fid", "--reference", str(sets[1]), "--limit", "1"),
+            "FID needs at least two pictures",
+        ),
+        (
+            ("--metrics", "kid", "--reference", str(sets[1]), "--kid-subset-size", "7"),
+            "there are 6 pictures, and",
+        ),
+        (("--metrics", "kid", "--reference", "bare.npz"), "the statistics have no features"),
+        (
+            ("--metrics", "kid", "--reference", "three.npz", "--kid-subset-size", "4"),
+            "there are 6 pictures and 3 to compare",
+        ),
+        (("--metrics", "is,psnr"), "psnr compare pairs of pictures: give --reference"),
+    ):
+        assert cli.run(["eval", "images", str(sets[0]), *args, *flags]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_features_serve_every_metric_and_every_reference(
+    sets: tuple[Path, Path], inception_file: Path, run: Run
+) -> None:
+    """Without --output, too: what changes no picture and no feature begins no other folder."""
+    features = np.ones((4, 2048), np.float32)
+    np.savez("other.npz", mu=np.zeros(2048), sigma=np.eye(2048), features=features)
+    flags = ("--inception-weights", inception_file, "--is-splits", 2, "--kid-subsets", 2)
+    for more in (
+        ("--metrics", "is"),
+        ("--metrics", "is", "--metric-seed", 1),
+        ("--metrics", "kid,is", "--reference", "other.npz"),
+    ):
+        run("images", sets[0], *flags, *more)
+    (folder,) = Path("evaluations").iterdir()
+    assert len(list(folder.glob("results*.json"))) == 3
+    pairs = ("images", sets[0], "--limit", 3, "--reference")
+    for metrics in ("psnr", "psnr,ssim"):
+        run(*pairs, sets[0], "--metrics", metrics)
+    run(*pairs, sets[1], "--metrics", "psnr")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"mu": np.zeros(9), "sigma": np.eye(2048)}, r"has no mu \[2048\]"),
+        ({"settings": np.array("a cat")}, "its settings are not those of sdxl eval statistics"),
+        ({"settings": np.array("[1]")}, "its settings are not those of sdxl eval statistics"),
+        ({"count": np.zeros(3)}, r"its count is \[3\]"),
+        ({"features": np.zeros((3, 4))}, r"its features are \[3, 4\]"),
+    ],
+)
+def test_statistics_of_something_else_are_refused(arrays: dict[str, Any], says: str, own_place: Path) -> None:
+    np.savez("x.npz", **({"mu": np.zeros(2048), "sigma": np.eye(2048)} | arrays))
+    with pytest.raises(FileError, match=rf"^x\.npz: {says}"):
+        read_statistics(Path("x.npz"), {})
+
+
+def test_statistics_that_were_cut_off_are_refused(own_place: Path) -> None:
+    np.savez("whole.npz", mu=np.zeros(2048))
+    np.save("array.npy", np.zeros(3))
+    whole = Path("whole.npz").read_bytes()
+    for content in (whole[:1000], whole[:-30], b"", Path("array.npy").read_bytes()):
+        Path("x.npz").write_bytes(content)
+        with pytest.raises(FileError, match=r"^x\.npz: is no whole \.npz of plain arrays"):
+            read_statistics(Path("x.npz"), {})
 
 
 def test_other_texts_are_another_measurement(
