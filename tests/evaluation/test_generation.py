@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -39,19 +40,21 @@ def test_a_curve_over_guidance_scales_and_the_same_numbers_from_the_saved_pictur
     model_file: Path,
     clip_folder: Path,
     inception_file: Path,
-    sets: tuple[Path, Path],
+    own_place: Path,
     run: Run,
 ) -> None:
-    networks = ("--inception-weights", inception_file)
+    networks, reference = ("--inception-weights", inception_file), own_place / "reference.npz"
+    features = np.random.default_rng(0).random((5, 2048), np.float32)
+    np.savez(reference, mu=features.mean(0), sigma=np.cov(features.T), features=features)
     content = run(
-        *asked(prompts, model_file, clip_folder), *networks, "--cfg-scale", "1,6", "--reference", sets[1],
+        *asked(prompts, model_file, clip_folder), *networks, "--cfg-scale", "1,6", "--reference", reference,
         "--metrics", "kid,is,clip", "--kid-subset-size", 3, "--is-splits", 2, "--size", 48, "-o", "a",
     )  # fmt: skip
     assert [row["name"] for row in content["results"]] == ["cfg 1", "cfg 6"]
     found = scores(content, 1)
     assert set(found) == {"KID", "IS", "CLIP score"}
     again = run(
-        "images", "a/cfg-6/pictures", "--reference", sets[1], *networks, "--size", 48,
+        "images", "a/cfg-6/pictures", "--reference", reference, *networks, "--size", 48,
         "--metrics", "kid,is", "--kid-subset-size", 3, "--is-splits", 2, "-o", "b", "--batch-size", 2,
     )  # fmt: skip
     for metric in ("KID", "IS"):
