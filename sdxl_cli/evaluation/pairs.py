@@ -9,7 +9,7 @@ import torch
 
 from sdxl_cli.errors import FileError
 from sdxl_cli.evaluation.networks import Networks, scattered
-from sdxl_cli.evaluation.pictures import Pictures
+from sdxl_cli.evaluation.pictures import Pictures, Pixels
 from sdxl_cli.evaluation.reconstruction import pair_columns, too_small
 from sdxl_cli.evaluation.table import USED, Columns, Table
 
@@ -54,16 +54,7 @@ def compared(
         for row, (one, other) in zip(rows, pairs, strict=True):
             if one is None or other is None:
                 continue
-            if one.shape != other.shape:
-                sizes = " and ".join(f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (one, other))
-                raise FileError(
-                    f"{pictures.items[row].path}: the pair is {sizes}; give --size to bring both to one"
-                )
-            if short := too_small(min(one.shape[:2]), metrics, networks):
-                raise FileError(
-                    f"{pictures.items[row].path} is {one.shape[1]}x{one.shape[0]}, {short}; give a larger --size, "
-                    "or other --metrics"
-                )
+            _require_comparable(pictures.items[row].path, one, other, metrics, networks)
             # one by one: pictures may differ in size from pair to pair
             parts.append(pair_columns([one], [other], networks, metrics))
         empty = pair_columns([], [], networks, metrics)
@@ -75,6 +66,19 @@ def compared(
     table.fill(compute, batch=batch, description="pairs")
     pictures.require_some(table.unusable())
     return table
+
+
+def _require_comparable(
+    path: str, one: Pixels, other: Pixels, metrics: Sequence[str], networks: Networks
+) -> None:
+    """Refuse a pair that differs in size, or is too small for a metric."""
+    if one.shape != other.shape:
+        sizes = " and ".join(f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in (one, other))
+        raise FileError(f"{path}: the pair is {sizes}; give --size to bring both to one")
+    if short := too_small(min(one.shape[:2]), metrics, networks):
+        raise FileError(
+            f"{path} is {one.shape[1]}x{one.shape[0]}, {short}; give a larger --size, or other --metrics"
+        )
 
 
 def _partners(pictures: Pictures, others: Pictures) -> list[int]:
