@@ -12,6 +12,7 @@ from sdxl_cli.checkpoint.write import PREDICTION_NAMES
 from sdxl_cli.data.manifest import Manifest
 from sdxl_cli.model.config import BASE, REFINER, ModelConfig
 from sdxl_cli.training.config import UNetTrainConfig
+from sdxl_cli.training.session import Share
 
 MOST_TAGS = 1000
 """As many tags as are counted in the file, the most frequent first."""
@@ -20,7 +21,7 @@ _VERSIONS = {True: "sdxl_refiner_v1-0", False: "sdxl_base_v1-0"}
 
 
 def training_notes(
-    config: UNetTrainConfig, model: ModelConfig, base: ModelFiles, manifest: Manifest
+    config: UNetTrainConfig, model: ModelConfig, base: ModelFiles, manifest: Manifest, share: Share
 ) -> dict[str, str]:
     """Everything that is known before the first step; :func:`step_notes` has the rest.
 
@@ -29,7 +30,9 @@ def training_notes(
         model: its sizes.
         base: the files that the LoRA changes.
         manifest: what it is trained on.
+        share: how batches are dealt out to processes.
     """
+    batches = config.loop.batches_per_step(share.began_with)
     loop, lora, optimizer = config.loop, config.lora, config.loop.optimizer
     rates = {"unet": optimizer.learning_rate, **optimizer.rates}
     texts = [rates.get(name, optimizer.learning_rate) for name in ("clip_l", "big_g")]
@@ -60,8 +63,8 @@ def training_notes(
         "ss_lr_warmup_steps": optimizer.warmup_steps,
         "ss_max_grad_norm": optimizer.max_grad_norm,
         "ss_max_train_steps": loop.max_steps,
-        "ss_total_batch_size": loop.total_batch_size or loop.batch_size * loop.accumulate,
-        "ss_gradient_accumulation_steps": loop.batches_per_step(),
+        "ss_total_batch_size": loop.batch_size * batches * share.began_with,
+        "ss_gradient_accumulation_steps": batches,
         "ss_mixed_precision": loop.dtype,
         "ss_seed": loop.seed,
         "ss_clip_skip": None,

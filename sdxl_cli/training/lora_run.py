@@ -24,20 +24,24 @@ from sdxl_cli.training.config import UNetTrainConfig
 from sdxl_cli.training.lora_notes import step_notes, training_notes
 from sdxl_cli.training.parts import trained_parts
 from sdxl_cli.training.place import SAVE_DTYPES
+from sdxl_cli.training.session import ALL, Share
 from sdxl_cli.training.unet_request import UNetRequest, base_of
 
 Adapters = Mapping[str, tuple[LoraPlace, Adapter]]
 """How the names of an adapter's parameters begin -> the names that files have for its layer, and the adapter."""
 
 
-def learn_lora(request: UNetRequest, model: SDXL, manifest: Manifest, batches_per_epoch: int) -> LoraExport:
+def learn_lora(
+    request: UNetRequest, model: SDXL, manifest: Manifest, batches_per_epoch: int, share: Share = ALL
+) -> LoraExport:
     """Give a model the adapters that a request asks for, with the values of a LoRA that it goes on from.
 
     Args:
         request: has a rank.
         model: changed in place; all but the adapters is frozen.
         manifest: what it is trained on, for the file's metadata.
-        batches_per_epoch: likewise.
+        batches_per_epoch: of each process; likewise.
+        share: how batches are dealt out to processes; likewise.
 
     Returns:
         What writes the adapters.
@@ -54,8 +58,9 @@ def learn_lora(request: UNetRequest, model: SDXL, manifest: Manifest, batches_pe
         load_lora(Path(request.lora), adapters)
     base = base_of(request)
     console().note(f"LoRA for {base.describe()}: {adapter_counts(adapters)}")
-    notes = training_notes(config, model.config, base, manifest)
-    return LoraExport(model, adapters, base, config, notes, batches_per_epoch)
+    notes = training_notes(config, model.config, base, manifest, share)
+    batches = config.loop.batches_per_step(share.began_with) * share.parts
+    return LoraExport(model, adapters, base, config, notes, batches, batches_per_epoch)
 
 
 @torch.no_grad()
@@ -118,6 +123,8 @@ class LoraExport:
     config: UNetTrainConfig
     notes: Mapping[str, str]
     """Metadata about the training."""
+    batches_per_step: int
+    """Of each process, as are those of an epoch."""
     batches_per_epoch: int
 
     stem = "lora"
@@ -139,7 +146,7 @@ class LoraExport:
         name = path.absolute().parent.name + (
             "" if path.stem == self.stem else path.stem.removeprefix(self.stem)
         )
-        epoch = step * self.config.loop.batches_per_step() // self.batches_per_epoch
+        epoch = step * self.batches_per_step // self.batches_per_epoch
         save_lora(
             path,
             changes,

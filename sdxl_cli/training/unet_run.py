@@ -35,7 +35,7 @@ from sdxl_cli.training.place import hold, training_device
 from sdxl_cli.training.plan import Plan, plan, settle
 from sdxl_cli.training.recompute import recompute
 from sdxl_cli.training.samples import Samples, Wanted, sample_plans
-from sdxl_cli.training.session import Session, session
+from sdxl_cli.training.session import ALL, Session, Share, session
 from sdxl_cli.training.text_cache import DTYPES, cached_text
 from sdxl_cli.training.unet_request import (
     UNetRequest,
@@ -87,7 +87,7 @@ def train_unet(request: UNetRequest) -> UNetResult:
             manifest, config.loop.batch_size, seed=config.loop.seed, cache=cache, text=text, **dealing
         )
         # only now, as whatever has read its weights knew the model by its own names
-        built_on = _build_on(request, task.module, manifest, loader.sampler.batches_per_epoch)
+        built_on = _build_on(request, task.module, manifest, loader.sampler.batches_per_epoch, here.share)
         export = built_on or ModelExport(task.module, vae, ids, config)
         frozen = _frozen_weights(request, task.module)  # before they are kept in another precision
         watchers = _watchers(request, task, vae, export, plans, text, here)
@@ -145,12 +145,14 @@ def _manifest(path: Path, config: UNetTrainConfig) -> Manifest:
     return manifest
 
 
-def _build_on(request: UNetRequest, model: SDXL, manifest: Manifest, batches_per_epoch: int) -> Export | None:
+def _build_on(
+    request: UNetRequest, model: SDXL, manifest: Manifest, batches_per_epoch: int, share: Share = ALL
+) -> Export | None:
     """Freeze the model and put in what is trained beside it; None where its own weights are."""
     if request.config.embedding.word:
         return learn_embedding(request, model, manifest)
     if request.config.lora.rank:
-        return learn_lora(request, model, manifest, batches_per_epoch)
+        return learn_lora(request, model, manifest, batches_per_epoch, share)
     return None
 
 

@@ -17,11 +17,14 @@ from sdxl_cli.checkpoint.lora import Lora, LoraMerge, WornLora, fit
 from sdxl_cli.checkpoint.read import load_model
 from sdxl_cli.checkpoint.tensor_file import TensorFile
 from sdxl_cli.checkpoint.write import save_model
+from sdxl_cli.data.manifest import read_manifest
 from sdxl_cli.errors import FileError, UsageError
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.training import unet_run
 from sdxl_cli.training.adapted import Adapter
 from sdxl_cli.training.config import EmbeddingConfig, LoraConfig, OptimizerConfig
+from sdxl_cli.training.lora_run import learn_lora
+from sdxl_cli.training.session import Share
 from sdxl_cli.training.state import load_state
 from sdxl_cli.training.unet_request import UNetRequest, starting_points
 from sdxl_cli.training.unet_run import train_unet, try_unet
@@ -163,6 +166,21 @@ def test_front_ends_are_told_what_kohya_tells_them(asked: UNetRequest) -> None:
     assert {file.read(name).dtype for name in file.shapes if ".lora_" in name} == {torch.float16}
     kinds = {name.split("_", 2)[1] for name in file.shapes}
     assert kinds == {"unet", "te1", "te2"}
+
+
+def test_a_file_knows_of_all_processes(asked: UNetRequest, tmp_path: Path) -> None:
+    """Of four that it began with, two go on: each has half of every batch, one part after the other."""
+    model = load_model(
+        locate(asked.init, "model"), ("unet", "text"), dtype=torch.float32, vae_dtype=torch.float32
+    )
+    asked = replace(asked, config=config(batch_size=2, accumulate=3))
+    share = Share(processes=2, began_with=4, parts=2)
+    export = learn_lora(asked, model, read_manifest(Path(str(asked.data))), 12, share)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    export.write(tmp_path / "lora.safetensors", trained, 5)
+    notes = TensorFile(tmp_path / "lora.safetensors").metadata
+    assert (notes["ss_total_batch_size"], notes["ss_gradient_accumulation_steps"]) == ("24", "3")
+    assert notes["ss_epoch"] == "2", "of 5 steps of 6 batches, 12 batches an epoch"
 
 
 def test_kohyas_script_names_the_released_model_so() -> None:
