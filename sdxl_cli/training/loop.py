@@ -164,7 +164,7 @@ class Run:
             self.log.rewind(0, [])  # lines of a run that was killed before its first state
         self.world.by_lead(lambda: require_room(self.folder / STATES, least_size(self.players)))
         if self.world.leads:
-            self.log.sinks = trackers(self.config.log_to, self.folder, done, self.record)
+            self.log.sinks = trackers(self.config.log_to, self.folder, done, self.session.settings)
         with console().bar("training", total=total) as bar, _stop_signals() as stop, self.log:
             bar.advance(done)
             if done:  # who stopped after saving had not looked yet

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class Session:
     """What the run goes on from."""
     sharded: bool = False
     """Whether the network's weights will be sharded; they then stay on the CPU until they are."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The whole configuration of the run, for who compares runs."""
 
     @property
     def home(self) -> torch.device:
@@ -122,4 +124,4 @@ def session(folder: Path, config: Any, *, resume: bool, shards: bool = True) -> 
         kind = kind_of(loop, world)
         state = prepare(folder, config, resume=resume, world=world)
         share = share_of(loop, world, state.values.get("share") if state else None)
-        yield Session(device, world, share, state, sharded=kind in ("fsdp", "hsdp"))
+        yield Session(device, world, share, state, sharded=kind in ("fsdp", "hsdp"), settings=asdict(config))

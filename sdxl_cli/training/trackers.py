@@ -21,7 +21,7 @@ WANDB_FILE = "wandb.json"
 class TensorBoard:
     """Scalars in ``tensorboard/``, a curve for every number."""
 
-    def __init__(self, folder: Path, step: int, record: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
         """``step``: that the run goes on from; curves are cut off there."""
         writer = _package("torch.utils.tensorboard", "tensorboard").SummaryWriter
         self._writer = writer(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
@@ -41,8 +41,8 @@ class TensorBoard:
 class WandB:
     """A run at Weights & Biases; a resumed one goes on with it. ``WANDB_MODE=offline`` keeps it on the disk."""
 
-    def __init__(self, folder: Path, step: int, record: Mapping[str, Any]) -> None:
-        """``record`` is what W&B shows as the configuration."""
+    def __init__(self, folder: Path, step: int, settings: Mapping[str, Any]) -> None:
+        """``settings`` are what W&B shows as the configuration."""
         package = _package("wandb", "wandb")
         self._run = package.init(
             project="sdxl",
@@ -50,7 +50,7 @@ class WandB:
             dir=str(folder),
             id=_known_as(folder / WANDB_FILE),
             resume="allow",
-            config=dict(record),
+            config=dict(settings),
         )
         self._run.define_metric("*", step_metric="step")
 
@@ -82,9 +82,9 @@ def require_trackers(names: tuple[str, ...]) -> None:
         _package(PACKAGES[name], name)
 
 
-def trackers(names: tuple[str, ...], folder: Path, step: int, record: Mapping[str, Any]) -> list[Sink]:
+def trackers(names: tuple[str, ...], folder: Path, step: int, settings: Mapping[str, Any]) -> list[Sink]:
     """Begin them; in the process that writes."""
-    return [TRACKERS[name](folder, step, record) for name in names]
+    return [TRACKERS[name](folder, step, settings) for name in names]
 
 
 def _package(module: str, extra: str) -> ModuleType:

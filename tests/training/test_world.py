@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sdxl_cli.errors import UsageError
-from sdxl_cli.training.config import LoopConfig, OptimizerConfig
+from sdxl_cli.training.config import LoopConfig, OptimizerConfig, UNetTrainConfig
 from sdxl_cli.training.loop import Run
 from sdxl_cli.training.metrics import Log, Mean
 from sdxl_cli.training.parallel import kind_of, mesh_of
-from sdxl_cli.training.session import Share, session, share_of
+from sdxl_cli.training.session import Session, Share, session, share_of
 from sdxl_cli.training.trackers import require_trackers
 from sdxl_cli.training.vae_config import VAETrainConfig
 from sdxl_cli.training.world import World, fresh, world_of
@@ -196,15 +196,23 @@ def test_wandb_is_told_the_lines_of_the_log(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setitem(sys.modules, "wandb", Package)  # type: ignore[arg-type]
     config = LoopConfig(max_steps=2, log_every=1, log_to=("wandb",), device="cpu")
-    Run(Constant(), config, tmp_path, {"task": "none"}).train()
+    settings = {"loop": {"max_steps": 2}}
+    here = Session(torch.device("cpu"), settings=settings)
+    Run(Constant(), config, tmp_path, {"task": "none"}, session=here).train()
     first, *rows, last = told
-    assert first["config"] == {"task": "none"}
+    assert first["config"] == settings
     assert rows == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert last == "finished"
     again = Run(Constant(), replace(config, max_steps=3), tmp_path, {"task": "none"})
     again.resume()
     again.train()
     assert [given["id"] for given in told if isinstance(given, dict) and "id" in given] == [first["id"]] * 2
+
+
+def test_a_session_has_the_whole_configuration_for_trackers(tmp_path: Path) -> None:
+    config = UNetTrainConfig(noise_offset=0.03, loop=LoopConfig(device="cpu"))
+    with session(tmp_path / "run", config, resume=False) as here:
+        assert here.settings == asdict(config)
 
 
 def test_a_tracker_that_is_not_installed_is_said_before_anything_else(
