@@ -26,6 +26,8 @@ NARROW = 32
 """With fewer channels than this, transforming costs more than multiplying."""
 FEWEST_PIXELS = 256
 """For fewer pixels than this, transforming the kernel costs more than is won."""
+LARGEST_KERNEL = 512 << 20
+"""Bytes of a transformed kernel beyond which making it costs more than is won: its memory comes anew from the system."""
 STATISTICS = 1 << 17
 """Numbers summed in single precision; their sums are summed in double precision."""
 
@@ -210,7 +212,11 @@ def pays(x: Tensor, weight: Tensor) -> int | None:
     """
     batch, height, width, channels = x.shape
     small = min(len(weight), channels) < NARROW or batch * height * width < FEWEST_PIXELS
-    return None if small else TILES.get(x.dtype)
+    tile = None if small else TILES.get(x.dtype)
+    if tile is None:
+        return None
+    transformed = (tile + weight.shape[-1] - 1) ** 2 * len(weight) * channels * x.itemsize
+    return tile if transformed <= LARGEST_KERNEL else None
 
 
 def _rows(batch: int, width: int, channels: int, tile: int | None) -> int:

@@ -155,3 +155,6 @@ def test_not_where_it_does_not_pay() -> None:
     assert strips.pays(x.half(), torch.empty(64, 64, 3, 3)) is None
     assert strips.pays(x, torch.empty(3, 64, 3, 3)) is None
     assert strips.pays(torch.empty(1, 8, 8, 64), torch.empty(64, 64, 3, 3)) is None
+    wide = torch.empty(2, 32, 32, 1280, device="meta")
+    assert strips.pays(wide, torch.empty(1280, 1280, 3, 3, device="meta")) == 4
+    assert strips.pays(wide, torch.empty(4 * 1280, 1280, 2, 2, device="meta")) is None, "655 MB of it"
