@@ -27,7 +27,7 @@ NARROW = 32
 FEWEST_PIXELS = 256
 """For fewer pixels than this, transforming the kernel costs more than is won."""
 LARGEST_KERNEL = 512 << 20
-"""Bytes of a transformed kernel beyond which making it costs more than is won: its memory comes anew from the system."""
+"""Bytes of a transformed kernel beyond which making it costs more than is won: its memory is not used again."""
 STATISTICS = 1 << 17
 """Numbers summed in single precision; their sums are summed in double precision."""
 

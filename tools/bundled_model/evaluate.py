@@ -72,7 +72,7 @@ class Silent:
     def warn(self, text: str) -> None:
         """Nothing."""
 
-    def progress(self, items, description, *, total=None):  # type: ignore[no-untyped-def]  # noqa: ANN
+    def progress(self, items, description, *, total=None):  # type: ignore[no-untyped-def]
         """The items."""
         return iter(range(items) if isinstance(items, int) else items)
 
