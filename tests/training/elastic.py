@@ -8,20 +8,26 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdxl_cli.training import folder as folders
 from sdxl_cli.training.config import LoopConfig, OptimizerConfig
 from sdxl_cli.training.loop import Run
 from sdxl_cli.training.session import Session, session
 
 TOTAL = 6
 """Numbers in a batch."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """As much of one as a session asks for."""
+
+    loop: LoopConfig
 
 
 class Shared:
@@ -53,7 +59,6 @@ class Dying(Run):
 
 def main(folder: Path, kind: str, at: int) -> None:
     torch.set_num_threads(1)
-    folders.to_toml = lambda config: ""  # type: ignore[attr-defined]  # what is shared here is no dataclass
     optimizer = OptimizerConfig(learning_rate=1e-2)
     loop = LoopConfig(
         max_steps=8,
@@ -65,7 +70,7 @@ def main(folder: Path, kind: str, at: int) -> None:
         distributed=kind,  # type: ignore[arg-type]
         optimizer=optimizer,
     )
-    with session(folder, SimpleNamespace(loop=loop), resume=False) as here:
+    with session(folder, Configuration(loop), resume=False) as here:
         Dying.at = at
         run = Dying(Shared(here), loop, folder, {}, session=here)
         if here.state:
