@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +47,7 @@ class Updates:
         """Leave the parameters as if this had never been."""
 
 
-class OneByOne(Updates):
+class OneByOne(Updates, ABC):
     """Steps of single parameters, which are fp32 to the optimizer whatever they are."""
 
     def __init__(
@@ -67,9 +68,9 @@ class OneByOne(Updates):
         super().begin(index, rate)
         self.index = index
 
+    @abstractmethod
     def arrived(self, parameter: Tensor) -> None:
         """The gradient of a backward pass is whole."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """See :class:`Updates`."""
