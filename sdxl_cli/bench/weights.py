@@ -14,6 +14,7 @@ from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.identify import Identity, Kind
 from sdxl_cli.checkpoint.read import load_model
 from sdxl_cli.generation.weights import FileWeights
+from sdxl_cli.model.blank import blank
 from sdxl_cli.model.config import ALL_PARTS, ModelConfig, Part
 from sdxl_cli.model.sdxl import SDXL
 
@@ -56,7 +57,7 @@ def random_model(
     config: ModelConfig, parts: Collection[Part], dtype: torch.dtype, device: torch.device
 ) -> SDXL:
     """Parts of a model with random numbers for weights, ready to run."""
-    with torch.device("meta"):
+    with blank():
         model = SDXL(config, parts)
     state = {
         name: random_tensor(name, tensor.shape, dtype, device)
@@ -78,7 +79,7 @@ class RandomWeights(FileWeights):
 
 def parameter_count(config: ModelConfig, part: Part) -> int:
     """Numbers that a part has."""
-    with torch.device("meta"):
+    with blank():
         return sum(parameter.numel() for parameter in SDXL(config, (part,)).parameters())
 
 

@@ -26,6 +26,7 @@ from sdxl_cli.checkpoint.opening import open_files
 from sdxl_cli.checkpoint.tensor_file import DTYPES, Joined, Renamed, TensorFile, Tensors
 from sdxl_cli.checkpoint.vocabulary import Expanded
 from sdxl_cli.errors import FileError
+from sdxl_cli.model.blank import blank
 from sdxl_cli.model.config import ALL_PARTS, PREFIXES, ModelConfig, Part
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
@@ -68,7 +69,7 @@ def load_model(
     Raises:
         FileError: tensors are missing, unexpected or of another shape; the text names the first of them.
     """
-    with torch.device("meta"):
+    with blank():
         model = SDXL(files.config, parts)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = Expanded(_of_parts(open_tensors(files), parts), files.config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from sdxl_cli.model.blank import blank
 from sdxl_cli.model.config import UNetConfig
 from sdxl_cli.model.unet import Downsample, ResBlock, TransformerBlock, UNet, Upsample
 
@@ -53,7 +54,7 @@ def units(unet: UNet) -> dict[nn.Module, list[nn.Parameter]]:
 
 def streamed_bytes(config: UNetConfig, dtype: torch.dtype) -> int:
     """Bytes that are where they are computed at the most: the largest block, and all that is in none."""
-    with torch.device("meta"):
+    with blank():
         unet = UNet(config)
     sizes = [sum(p.numel() for p in parameters) for parameters in units(unet).values()]
     everything = sum(p.numel() for p in unet.parameters())

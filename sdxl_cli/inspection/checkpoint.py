@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-import torch
-
 from sdxl_cli import console as consoles
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.identify import CLIP_L, TOKEN_IDS, UNET, VAE, big_g_prefix, compare, is_optional
@@ -19,6 +17,7 @@ from sdxl_cli.checkpoint.released import name_of
 from sdxl_cli.checkpoint.tensor_file import Renamed, Tensors
 from sdxl_cli.checkpoint.vocabulary import Expanded
 from sdxl_cli.inspection.scan import NotFinite, Scan, scan_file
+from sdxl_cli.model.blank import blank
 from sdxl_cli.model.config import ALL_PARTS, BASE, PREFIXES, REFINER, ModelConfig, Part
 from sdxl_cli.model.sdxl import SDXL
 
@@ -182,7 +181,7 @@ def _meant_unet(files: ModelFiles, stored: Tensors) -> tuple[ModelConfig | None,
 
 def _expected(files: ModelFiles, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     parts: dict[str, tuple[Part, ...]] = {"vae": ("vae",), "unet": ("unet",)}
-    with torch.device("meta"):
+    with blank():
         model = SDXL(config, parts.get(files.identity.kind, ALL_PARTS))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 

@@ -93,7 +93,7 @@ class ModelConfig:
     unet: UNetConfig
     vae: VAEConfig = field(default_factory=VAEConfig)
     clip_l: TextTowerConfig | None
-    """CLIP ViT-L text tower (through transformers); the refiner has none."""
+    """CLIP ViT-L text tower; the refiner has none."""
     big_g: TextTowerConfig
     """OpenCLIP ViT-bigG text tower (through open_clip)."""
     scalars: tuple[Scalar, ...]

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from sdxl_cli.model.clip import ClipTextTransformer
 from sdxl_cli.model.config import TextTowerConfig
 from sdxl_cli.model.library import module_alone
 
@@ -35,33 +36,13 @@ def open_clip_towers() -> ModuleType:
 
 
 class ClipLEmbedder(nn.Module):
-    """CLIP ViT-L's text tower, through transformers (sgm FrozenCLIPEmbedder, layer "hidden", index 11)."""
+    """CLIP ViT-L's text tower (sgm FrozenCLIPEmbedder, layer "hidden", index 11)."""
 
     def __init__(self, config: TextTowerConfig) -> None:
         super().__init__()
-        from transformers import CLIPTextConfig, CLIPTextModel  # seconds, which other parts need not wait
-
         self.config = config
-        model = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.width,
-                intermediate_size=4 * config.width,
-                projection_dim=config.embed_dim,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                max_position_embeddings=config.context_length,
-                hidden_act=config.activation,
-                bos_token_id=config.vocab_size - 2,
-                eos_token_id=config.vocab_size - 1,
-            )
-        )
         self.transformer = nn.Module()
-        # transformers 5 dropped the text_model level; the released files have it
-        tower: nn.Module = getattr(model, "text_model", model)
-        self.transformer.text_model = tower
-        positions = torch.arange(config.context_length, device="cpu")[None]
-        tower.get_submodule("embeddings").register_buffer("position_ids", positions, persistent=False)
+        self.transformer.text_model = ClipTextTransformer(config)
 
     def forward(self, ids: Tensor, layer: int = PENULTIMATE, inserts: Sequence[Insert] = ()) -> Tensor:
         """Encode token ids.
@@ -76,8 +57,8 @@ class ClipLEmbedder(nn.Module):
         """
         tower = self.transformer.get_submodule("text_model")
         with _inserted(tower.get_submodule("embeddings.token_embedding"), inserts):
-            states: tuple[Tensor, ...] = tower(input_ids=ids, output_hidden_states=True).hidden_states
-        return states[-layer]
+            features: Tensor = tower(ids, layer)
+        return features
 
 
 class OpenClipEmbedder(nn.Module):

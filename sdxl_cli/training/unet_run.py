@@ -20,6 +20,7 @@ from sdxl_cli.data.manifest import Manifest, read_manifest
 from sdxl_cli.errors import UsageError
 from sdxl_cli.generation.prompt import PAD_BIG_G, PAD_CLIP_L, Tokenizer
 from sdxl_cli.model import text, unet
+from sdxl_cli.model.blank import blank
 from sdxl_cli.model.config import Part
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.vae import Autoencoder
@@ -194,7 +195,7 @@ def plan_unet(request: UNetRequest) -> Plan:
         raise UsageError("--plan counts the training of U-Nets and LoRAs; leave it out for an embedding")
     device = training_device(config.loop)
     sizes = base_of(request).config if request.init else named(config.model)
-    with torch.device("meta"):
+    with blank():
         model = SDXL(sizes, ("unet", "text"))
     parts = trained_parts(config, sizes)
     if config.lora.rank:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,14 +43,24 @@ def test_the_networks_need_torch_and_little_else() -> None:
     assert not found
 
 
-def test_the_tower_of_open_clip_comes_without_the_rest() -> None:
+def test_the_text_encoders_come_without_the_rest() -> None:
     loaded = modules_after(
         "from sdxl_cli.model.config import TextTowerConfig\n"
-        "from sdxl_cli.model.text import OpenClipEmbedder, open_clip_towers\n"
-        "import torch\n"
-        "OpenClipEmbedder(TextTowerConfig(width=16, layers=2, heads=2, embed_dim=8, activation='gelu'))\n"
+        "from sdxl_cli.model.text import ClipLEmbedder, OpenClipEmbedder\n"
+        "config = TextTowerConfig(width=16, layers=2, heads=2, embed_dim=8, activation='gelu')\n"
+        "OpenClipEmbedder(config), ClipLEmbedder(config)\n"
     )
     assert not loaded & {*NEVER, "transformers", "torch._dynamo", "sympy", "open_clip.transformer"}
+
+
+def test_a_picture_is_made_without_transformers_and_the_compiler(tmp_path: Path) -> None:
+    """The start of a generation, from the command line to the last step."""
+    path = str(tmp_path / "picture.png")
+    loaded = modules_after(
+        "from sdxl_cli import cli\n"
+        f"assert cli.run(['generate', 'a red apple', '--steps', '1', '--quiet', '--output', {path!r}]) == 0\n"
+    )
+    assert not loaded & {*NEVER, "transformers", "torch._dynamo", "torch._inductor", "sympy", "scipy"}
 
 
 def test_who_imports_the_package_later_gets_all_of_it() -> None:

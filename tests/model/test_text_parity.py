@@ -97,7 +97,7 @@ def test_clip_l_gives_the_penultimate_hidden_state(clip_l: ClipL) -> None:
 
 @torch.no_grad()
 def test_clip_l_computes_what_open_clip_computes(clip_l: ClipL) -> None:
-    """Another implementation than the one it is built on."""
+    """A second opinion."""
     state = clip_l.network.transformer.state_dict()
     plan = big_g_to_original(state)
     renamed = {name: torch.cat([state[key] for key in source.keys]) for name, source in plan.items()}
