@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdxl_kernels.cuda_norm import fused_norm
+
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Normalise each group of channels of each image to mean 0, variance 1, then scale and shift.
@@ -16,7 +18,8 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
         bias: [C].
         eps: added to the variance.
     """
-    return F.group_norm(x, groups, weight, bias, eps)
+    fused = fused_norm(x, groups, weight, bias, eps, silu=False)
+    return F.group_norm(x, groups, weight, bias, eps) if fused is None else fused
 
 
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -24,5 +27,8 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
 
     Arguments as for :func:`group_norm`.
     """
+    fused = fused_norm(x, groups, weight, bias, eps, silu=True)
+    if fused is not None:
+        return fused
     normalized = F.group_norm(x, groups, weight, bias, eps)
     return F.silu(normalized, inplace=not normalized.requires_grad)

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from sdxl_kernels import cuda_norm
 from sdxl_kernels.attention import attention, cuda_backends
+from sdxl_kernels.cuda_norm import TOLERANCES, FusedNorm
+from sdxl_kernels.graphs import CudaRecorder
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -275,3 +279,81 @@ def test_recorded_steps_are_the_steps() -> None:
                 x, t = torch.randn(1, 4, *size, device=DEVICE), torch.full((2,), 500, device=DEVICE)
                 expected = plain(x, t, text, vector)
                 assert error(recorded(x, t, text, vector), expected.cpu()) < 1e-4
+
+
+def fused_norm(dtype: torch.dtype) -> FusedNorm:
+    found = cuda_norm.ready(torch.device("cuda", torch.cuda.current_device()), dtype)
+    assert isinstance(found, FusedNorm), found
+    return found
+
+
+def last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
+
+
+NORMS = {
+    "320 at 128²": (2, 320, 128, 128),
+    "960 at 128²": (2, 960, 128, 128),
+    "640 at 64²": (2, 640, 64, 64),
+    "2560 at 32²": (2, 2560, 32, 32),
+    "1280 at 16²": (2, 1280, 16, 16),
+    "an odd size": (3, 320, 61, 47),
+    "the VAE at 1024²": (1, 128, 1024, 1024),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_the_fused_norm_is_the_formula(name: str, dtype: torch.dtype) -> None:
+    """Also where the mean is large, and with the same bits each time."""
+    torch.manual_seed(0)
+    channels = NORMS[name][1]
+    weight, bias = (torch.randn(channels, device=DEVICE).to(dtype) for _ in range(2))
+    fused = fused_norm(dtype)
+    for mean in (0.0, 30.0):
+        x = last(torch.randn(NORMS[name], device=DEVICE) + mean, dtype)
+        width = fused.width(x, 32, weight, bias)
+        exact = F.silu(F.group_norm(x.double(), 32, weight.double(), bias.double(), 1e-5))
+        first, second = (fused(x, 32, weight, bias, 1e-5, width=width, silu=True) for _ in range(2))
+        assert torch.equal(first, second)
+        assert first.is_contiguous(memory_format=torch.channels_last)
+        found = float((first - exact).abs().max() / exact.abs().max())
+        print(f"{name}, {dtype}, mean {mean}: {found:.1e}")
+        assert found < TOLERANCES[dtype] * (1 if mean == 0 else 4)
+
+
+@torch.inference_mode()
+def test_the_fused_norm_of_more_than_two_to_the_31_numbers() -> None:
+    if torch.cuda.get_device_properties(DEVICE).total_memory < 24 << 30:
+        pytest.skip("needs about 16 GiB")
+    shape, layout = (1, 128, 4100, 4100), torch.channels_last
+    x = torch.empty(shape, dtype=torch.bfloat16, device=DEVICE, memory_format=layout).normal_()
+    weight, bias = torch.ones(128, device=DEVICE).bfloat16(), torch.zeros(128, device=DEVICE).bfloat16()
+    made = fused_norm(torch.bfloat16)(x, 32, weight, bias, 1e-5, width=8, silu=False)
+    for part in (slice(0, 8), slice(-8, None)):
+        # of so many random numbers mean and deviation are known
+        assert (made[:, :, part].float() - x[:, :, part].float()).abs().max() < 0.1
+
+
+@torch.inference_mode()
+def test_the_fused_norm_is_recorded_and_runs_on_any_stream() -> None:
+    weight, bias = torch.randn(2, 320, device=DEVICE).bfloat16().unbind()
+    x, other = (last(torch.randn(2, 320, 33, 31), torch.bfloat16) for _ in range(2))
+    fused = fused_norm(torch.bfloat16)
+
+    def work() -> Tensor:
+        return fused(x, 32, weight, bias, 1e-5, width=8, silu=True)
+
+    expected = fused(other, 32, weight, bias, 1e-5, width=8, silu=True)
+    replay, result = CudaRecorder(DEVICE)(work)
+    x.copy_(other)
+    replay()
+    torch.cuda.synchronize()
+    assert torch.equal(result, expected)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        made = work()
+    side.synchronize()
+    assert torch.equal(made, expected)
