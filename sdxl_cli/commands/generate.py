@@ -159,6 +159,10 @@ def command(
     """Make pictures from a prompt."""
     given = dict(locals())
     console = consoles.configure(quiet=quiet, json=as_json)
+    working.check(given)
+    request, stored = _request(given)
+    if not (interactive or plan_only or prompts_file or sweep):
+        _read_ahead(request)
 
     from sdxl_cli.generation.fewstep import FewSteps
     from sdxl_cli.generation.jobs import Workshop, expand
@@ -166,8 +170,6 @@ def command(
     from sdxl_cli.generation.session import warn_of_another_model, warn_of_other_loras
     from sdxl_cli.generation.sweep import parse_sweeps
 
-    working.check(given)
-    request, stored = _request(given)
     names = working.aliases(command, GenerateRequest)
     lines, axes = working.read_prompts(prompts_file, names), parse_sweeps(sweep or (), names)
     onlooker = working.look_on(given, console)
@@ -227,8 +229,19 @@ def _stated(given: dict[str, Any]) -> frozenset[str] | None:
     )
 
 
+def _read_ahead(request: GenerateRequest) -> None:
+    """Begin to read the files that the request needs, and tell wrong ones, before torch is imported."""
+    from sdxl_cli.checkpoint.ahead import read_ahead
+    from sdxl_cli.checkpoint.locate import locate
+
+    files = [locate(request.model, "base")]
+    if request.refiner is not None:
+        files.append(locate(request.refiner, "refiner"))
+    read_ahead(files)
+
+
 def _locate(request: GenerateRequest, console: Console) -> list[ModelFiles]:
-    """The files of the base and, when asked for, of the refiner; wrong ones are told before torch is imported."""
+    """The files of the base and, when asked for, of the refiner."""
     from sdxl_cli.checkpoint.locate import locate
     from sdxl_cli.generation.fewstep import detect
     from sdxl_cli.generation.settling import settled

@@ -109,14 +109,18 @@ def command(
     given = dict(locals())
     console = consoles.configure(quiet=quiet, json=as_json)
 
+    from sdxl_cli.checkpoint.ahead import read_ahead
     from sdxl_cli.generation.request import require_prompts_fit
-    from sdxl_cli.generation.session import open_weights
 
     requests = [_request(picture, given) for picture in pictures]
     for request in requests:
         require_prompts_fit(request)
     files = _locate(requests[0], console)
+    read_ahead([files])
     places = _places(pictures, output, overwrite)
+
+    from sdxl_cli.generation.session import open_weights
+
     weights = open_weights([files], requests[0], console)[0]
     started, made = time.perf_counter(), []
     for picture, request, place in zip(pictures, requests, places, strict=True):

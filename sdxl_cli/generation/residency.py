@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.header import format_bytes
+from sdxl_cli.checkpoint.meminfo import MEMINFO, available_memory
 from sdxl_cli.generation.memory import part_bytes
 from sdxl_cli.generation.request import Vram
 from sdxl_cli.generation.streaming import streamed_bytes
@@ -88,7 +88,7 @@ def describe(vram: Vram, models: Mapping[str, ModelFiles], dtype: torch.dtype, v
     return f"--vram {vram}, {_MEANING[vram]}: {rows}"
 
 
-def free_bytes(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> int | None:
+def free_bytes(device: torch.device, meminfo: Path = MEMINFO) -> int | None:
     """What is free on a device, with what torch keeps there unused; of a computer's own memory what Linux says.
 
     None where nobody says.
@@ -96,12 +96,7 @@ def free_bytes(device: torch.device, meminfo: Path = Path("/proc/meminfo")) -> i
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    try:
-        text = meminfo.read_text(encoding="utf-8")
-    except OSError:
-        return None
-    match = re.search(r"^MemAvailable:\s*(\d+) kB$", text, re.MULTILINE)
-    return int(match[1]) * 1024 if match else None
+    return available_memory(meminfo)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
