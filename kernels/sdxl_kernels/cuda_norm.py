@@ -20,6 +20,8 @@ from sdxl_kernels.nvrtc import CudaError, Kernels, compiled
 SOURCE = Path(__file__).with_name("group_norm.cu")
 KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 """What can be normalised, and its name in the source."""
+WANTED = (torch.float16, torch.bfloat16)
+"""In which channels are to stay last: tensor cores want it. In fp32 convolutions like them first."""
 BYTES = 16
 """What a thread reads at once."""
 AT_ONCE = 4
@@ -126,7 +128,7 @@ def fused_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
 
     Arguments as for :func:`sdxl_kernels.normalization.group_norm`.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.dtype not in WANTED or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     if not x.is_contiguous(memory_format=torch.channels_last):
         return None

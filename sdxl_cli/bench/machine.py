@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from sdxl_kernels import cuda_norm
 
 from sdxl_cli import __version__
 
@@ -33,11 +34,18 @@ def machine(device: torch.device, packages: tuple[str, ...] = ()) -> dict[str, s
             "driver": driver(),
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
+            "group norm": group_norm(device),
         }
     else:
         found["instructions"] = torch.backends.cpu.get_cpu_capability()
     found |= {"sdxl": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     return found | {name: v for name in packages if (v := _version(name))}
+
+
+def group_norm(device: torch.device) -> str:
+    """Which one networks in 16 bits get there: the one that leaves channels last, or torch's and why."""
+    found = cuda_norm.ready(device, torch.float16)
+    return f"torch's, channels first: {found}" if isinstance(found, str) else "fused, channels last"
 
 
 def driver(told: Path = Path("/proc/driver/nvidia/version")) -> str:

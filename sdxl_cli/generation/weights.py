@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from sdxl_kernels import cuda_norm
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.lora import LoraMerge, WornLora
@@ -130,12 +131,19 @@ class FileWeights:
         unet.compute_fast(convolves_fast(self, self.dtype) and not self.compiles)
         if self.compiles:
             unet.compile_blocks()
+        elif channels_last_pays(self.device, self.dtype):
+            unet.channels_last = True
+            if not self.streams:  # whose kernels are a file's
+                unet.to(memory_format=torch.channels_last)
         if self.cuda_graphs and self.device.type == "cuda" and not self.streams:
             self.recorded = RecordedSteps(unet)
 
     def vae(self) -> Autoencoder:
         """The autoencoder."""
-        return self._part("vae").vae
+        vae = self._part("vae").vae
+        if not vae.channels_last and channels_last_pays(self.device, self.vae_dtype):
+            vae.lay_channels_last()
+        return vae
 
     def release(self) -> None:
         """Free everything, unless this model stays."""
@@ -234,6 +242,12 @@ def convolves_fast(weights: Weights, dtype: torch.dtype) -> bool:
     # bf16 gains nothing from it where the processor does not compute in it
     native = dtype != torch.bfloat16 or cpu_has_bf16()
     return weights.winograd and weights.device.type == "cpu" and native
+
+
+def channels_last_pays(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether networks are to have channels last in memory: where the group norm between convolutions leaves it so."""
+    wanted = device.type == "cuda" and dtype in cuda_norm.WANTED
+    return wanted and not isinstance(cuda_norm.ready(device, dtype), str)
 
 
 def lora_records(loras: Sequence[WornLora], role: str) -> list[LoraRecord]:

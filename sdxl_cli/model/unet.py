@@ -226,7 +226,7 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        self.fast = False
+        self.fast = self.channels_last = False
         self.config = config
         width, emb = config.model_channels, 4 * config.model_channels
         self.time_embed = _mlp(width, emb)
@@ -294,6 +294,15 @@ class UNet(nn.Module):
             if isinstance(module, ResBlock | Upsample):
                 module.fast = fast
 
+    def lay_channels_last(self) -> None:
+        """Keep kernels, and from now on pixels, with channels last in memory; for inference on a GPU.
+
+        Tokens are then the same memory as pixels. Worth it where group norms leave it so: see
+        :func:`sdxl_kernels.cuda_norm.ready`.
+        """
+        self.channels_last = True
+        self.to(memory_format=torch.channels_last)
+
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Let torch compile the blocks, each kind once per shape, at their first call; ``backend`` is torch's."""
         _allow_kinds(COMPILED_KINDS)
@@ -302,7 +311,7 @@ class UNet(nn.Module):
                 module.compile(backend=backend)
 
     def _evaluate(self, x: Tensor, timesteps: Tensor, context: Context, label: Tensor) -> Tensor:
-        if self.fast and not torch.is_grad_enabled():
+        if (self.fast or self.channels_last) and not torch.is_grad_enabled():
             x = x.contiguous(memory_format=torch.channels_last)  # tokens are then the same memory as pixels
         features = sinusoidal(timesteps, self.config.model_channels).to(x.dtype)
         # every residual block activates the embedding first: once is enough
@@ -397,8 +406,8 @@ def _fast_conv(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, count: int) -> Tensor:
-    """Repeat a batch until it has ``count`` rows."""
-    return x if len(x) == count else x.repeat(count // len(x), 1, 1, 1)
+    """Repeat a batch until it has ``count`` rows; unlike ``repeat``, which would put channels first."""
+    return x if len(x) == count else torch.cat([x] * (count // len(x)))
 
 
 def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:

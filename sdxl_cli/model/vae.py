@@ -193,6 +193,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        self.channels_last = False
         self.config = config
         z = config.z_channels
         self.encoder = Encoder(config)
@@ -202,12 +203,22 @@ class Autoencoder(nn.Module):
 
     def encode(self, image: Tensor) -> Moments:
         """[B, 3, H, W] in -1 … 1, sides multiples of the downsampling factor -> moments [B, z, H/8, W/8]."""
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        moments = self.quant_conv(self.encoder(self._laid(image))).contiguous()
+        mean, logvar = moments.chunk(2, dim=1)
         return Moments(mean, logvar.clamp(*LOGVAR_RANGE))
 
     def decode(self, z: Tensor) -> Tensor:
         """Unscaled latents [B, z, h, w] -> images [B, 3, 8h, 8w], about -1 … 1, not clamped."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(self._laid(z))).contiguous()
+
+    def lay_channels_last(self) -> None:
+        """As of :class:`sdxl_cli.model.unet.UNet`."""
+        self.channels_last = True
+        self.to(memory_format=torch.channels_last)
+
+    def _laid(self, x: Tensor) -> Tensor:
+        last = self.channels_last and not torch.is_grad_enabled()
+        return x.contiguous(memory_format=torch.channels_last) if last else x
 
     def to_latent(self, z: Tensor) -> Tensor:
         """Scale a posterior sample to the variance the U-Net works in."""

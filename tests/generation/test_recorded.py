@@ -6,9 +6,11 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from sdxl_kernels import cuda_norm
 from sdxl_kernels.graphs import Graphs, unrecorded
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.generation.remember import RecordedSteps, Remembering
 from sdxl_cli.generation.weights import FileWeights
 from sdxl_cli.model.config import CONFIGS
+from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.unet import Prepared, UNet
 from tests.model.peers import BASE, randomize, relative
 
@@ -126,6 +129,54 @@ def test_who_asks_for_no_winograd_gets_none(models: dict[str, Path]) -> None:
     files = locate(str(models["base"]))
     kinds = {"device": torch.device("cpu"), "dtype": torch.float32, "vae_dtype": torch.float32}
     assert not FileWeights(files, winograd=False, **kinds).unet().fast  # type: ignore[arg-type]
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "laid"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16}, True),
+        ({"dtype": torch.float32}, False),
+        ({"device": torch.device("cpu")}, False),
+        ({"streams": True}, True),
+        ({"compiles": True}, False),
+    ],
+)
+@pytest.mark.parametrize("available", [True, False])
+def test_which_networks_have_channels_last(
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kinds: dict[str, Any],
+    laid: bool,
+    available: bool,
+) -> None:
+    """On a GPU in 16 bits, where the group norm leaves them there."""
+    monkeypatch.setattr(cuda_norm, "ready", lambda device, dtype: object() if available else "no compiler")
+    told = {"device": GPU, "dtype": torch.bfloat16, "vae_dtype": torch.float32, "cuda_graphs": False} | kinds
+    network = UNet(BASE.unet)
+    FileWeights(locate(str(models["base"])), **told)._set_up(network)
+    assert network.channels_last is (laid and available)
+    kernel = network.get_parameter("out.2.weight")
+    moved = network.channels_last and "streams" not in kinds
+    assert kernel.is_contiguous(memory_format=torch.channels_last) is moved, (
+        "a file's pages stay where they are"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_autoencoder_has_channels_last_once(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(cuda_norm, "ready", lambda device, dtype: object())
+    weights = FileWeights(locate(str(models["base"])), device=GPU, dtype=torch.float16, vae_dtype=dtype)
+    model = SDXL(BASE, ("vae",))
+    monkeypatch.setattr(weights, "_part", lambda part: model)
+    assert weights.vae().channels_last is (dtype == torch.bfloat16)
+    before = [parameter.data_ptr() for parameter in model.vae.parameters()]
+    assert [parameter.data_ptr() for parameter in weights.vae().parameters()] == before
 
 
 @pytest.mark.parametrize("size", [(16, 24), (20, 18)])

@@ -357,3 +357,20 @@ def test_the_fused_norm_is_recorded_and_runs_on_any_stream() -> None:
         made = work()
     side.synchronize()
     assert torch.equal(made, expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["base U-Net", "refiner U-Net", "encoder", "decoder"])
+def test_networks_with_channels_last(name: str, dtype: torch.dtype) -> None:
+    """No further from single precision than with channels first."""
+    torch.manual_seed(0)
+    network, inputs = NETWORKS[name]()
+    expected = network.eval()(*inputs)
+    network.to(DEVICE, dtype)
+    first = error(network(*moved(inputs, dtype)), expected)
+    part: Any = network.vae if isinstance(network, Encode) else network
+    part.lay_channels_last()
+    found = error(network(*moved(inputs, dtype)), expected)
+    print(f"{name}, {dtype}: channels first {first:.2%}, last {found:.2%}")
+    assert found < CEILINGS[dtype]

@@ -91,6 +91,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 def _available(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CUDA device."""
     monkeypatch.setattr(cuda_norm, "ready", lambda device, dtype: emulator(dtype))
+    monkeypatch.setattr(cuda_norm, "WANTED", (torch.float32,))
 
 
 def problem(
@@ -239,7 +240,9 @@ def _refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_available", "_refused")
-def test_whoever_trains_or_has_channels_first_gets_torchs_own() -> None:
+def test_whoever_trains_or_has_channels_first_or_single_precision_gets_torchs_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, weight, bias = problem((2, 32, 5, 7), torch.float32)
     group_norm_silu(x, 8, weight, bias.requires_grad_(), 1e-5).sum().backward()
     assert bias.grad is not None
@@ -247,6 +250,9 @@ def test_whoever_trains_or_has_channels_first_gets_torchs_own() -> None:
         group_norm(x.contiguous(), 8, weight, bias, 1e-5)
         with pytest.raises(AssertionError, match="not for it"):
             group_norm(x, 8, weight, bias, 1e-5)
+
+        monkeypatch.setattr(cuda_norm, "WANTED", (torch.bfloat16,))
+        group_norm(x, 8, weight, bias, 1e-5)
 
 
 @pytest.fixture
