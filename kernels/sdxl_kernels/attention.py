@@ -11,22 +11,34 @@ MATH_LIMIT = 1 << 20
 """Largest number of scores per head that the unfused kernel may materialise on CUDA."""
 
 
-def cuda_backends(q: Tensor, k: Tensor) -> list[SDPBackend]:
+CUDNN_FIRST = (9, 10)
+"""Generations (Hopper, Blackwell) for whose matrix units cuDNN's kernels are made, and torch's flash kernel is not."""
+CUDNN_TOKENS, CUDNN_WIDTH = 1024, 128
+"""Fewest queries and keys, and widest head, for which cuDNN comes first there."""
+
+
+def cuda_backends(q: Tensor, k: Tensor, capability: tuple[int, int]) -> list[SDPBackend]:
     """The fused CUDA kernels that can take these tensors, best first.
 
     Flash and cuDNN take 16-bit types with head widths up to 256 that are multiples of 8; the
     memory-efficient kernel takes every type. The math kernel holds all scores at once (16,384 tokens of
     the VAE would be 1 GiB per image), so it is offered for small problems only.
 
+    A rule and no measurement, so that the same command takes the same kernel each time.
+
     Args:
         q: queries [B, H, L, D].
         k: keys [B, H, S, D].
+        capability: of the device, (9, 0) and the like.
     """
     half = q.dtype in (torch.float16, torch.bfloat16)
     width = q.shape[-1]
     backends = []
     if half and width % 8 == 0 and width <= 256:
         backends += [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+        long = min(q.shape[-2], k.shape[-2]) >= CUDNN_TOKENS and width <= CUDNN_WIDTH
+        if long and capability[0] in CUDNN_FIRST and not q.requires_grad:
+            backends.reverse()
     backends.append(SDPBackend.EFFICIENT_ATTENTION)
     if q.shape[-2] * k.shape[-2] <= MATH_LIMIT:
         backends.append(SDPBackend.MATH)
@@ -88,5 +100,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention_in_products(q, k, v)
     if not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
-    with sdpa_kernel(cuda_backends(q, k), set_priority=True):
+    with sdpa_kernel(cuda_backends(q, k, _capability(q.device)), set_priority=True):
         return F.scaled_dot_product_attention(q, k, v)
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    # not get_device_capability, which torch's compiler does not know to be constant
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor

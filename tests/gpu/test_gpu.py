@@ -139,7 +139,7 @@ def test_the_first_kernel_offered_takes_the_problem(name: str, dtype: torch.dtyp
     batch, heads, queries, keys, width = SHAPES[name]
     q = torch.randn(batch, heads, queries, width, device=DEVICE).to(dtype)
     k, v = (torch.randn(batch, heads, keys, width, device=DEVICE).to(dtype) for _ in range(2))
-    first = cuda_backends(q, k)[0]
+    first = cuda_backends(q, k, torch.cuda.get_device_capability())[0]
     assert first != SDPBackend.MATH
     with sdpa_kernel([first]):
         torch.nn.functional.scaled_dot_product_attention(q, k, v)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend
 from sdxl_cli.generation.memory import LiveBytes
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+AMPERE, ADA, HOPPER, BLACKWELL, DESKTOP = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 EFFICIENT, MATH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 
 
@@ -125,11 +126,45 @@ def test_which_kernels_are_offered(
     dtype: torch.dtype, width: int, queries: int, keys: int, expected: list[SDPBackend]
 ) -> None:
     """Fused ones for what they take, best first; the one that holds all scores for small problems only."""
-    assert cuda_backends(*problem(dtype, width, queries, keys)) == expected
+    assert cuda_backends(*problem(dtype, width, queries, keys), AMPERE) == expected
 
 
 def test_the_limit_of_the_unfused_kernel_is_in_scores_a_head() -> None:
     """At 1024² self-attention has 4096² or 1024² of them, the VAE 16384²; a text adds 77 a query."""
     assert MATH_LIMIT == 1024**2
-    assert MATH not in cuda_backends(*problem(torch.float32, 512, 16384, 16384))
-    assert MATH in cuda_backends(*problem(torch.float32, 64, 4096, 154))
+    assert MATH not in cuda_backends(*problem(torch.float32, 512, 16384, 16384), AMPERE)
+    assert MATH in cuda_backends(*problem(torch.float32, 64, 4096, 154), AMPERE)
+
+
+@pytest.mark.parametrize(
+    ("width", "queries", "keys", "cudnn"),
+    [
+        (64, 4096, 4096, True),
+        (64, 1024, 1024, True),
+        (64, 1023, 1023, False),
+        (64, 4096, 77, False),
+        (64, 4096, 154, False),
+        (128, 4096, 4096, True),
+        (256, 4096, 4096, False),
+    ],
+)
+@pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER, BLACKWELL, DESKTOP])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_which_kernel_comes_first(
+    dtype: torch.dtype, width: int, queries: int, keys: int, cudnn: bool, capability: tuple[int, int]
+) -> None:
+    """cuDNN's for images on themselves, on the generations that it has kernels of their own for."""
+    first, second = cuda_backends(*problem(dtype, width, queries, keys), capability)[:2]
+    hopper = capability in (HOPPER, BLACKWELL)
+    assert (first, second) == ((CUDNN, FLASH) if cudnn and hopper else (FLASH, CUDNN))
+
+
+def test_training_takes_the_same_kernel_everywhere() -> None:
+    q, k = problem(torch.bfloat16, 64, 4096, 4096)
+    learned = q.clone().requires_grad_()
+    assert cuda_backends(learned, k, HOPPER) == cuda_backends(learned, k, AMPERE)
+    assert cuda_backends(q, k, HOPPER) != cuda_backends(q, k, AMPERE)
+
+
+def test_single_precision_is_none_of_cudnns_business() -> None:
+    assert CUDNN not in cuda_backends(*problem(torch.float32, 64, 4096, 4096), HOPPER)
