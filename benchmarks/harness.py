@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from child import Answer, Child
 from job import Job, relative
 from safetensors.torch import load_file
 
@@ -25,39 +23,32 @@ OURS = "sdxl"
 GIB = 1 << 30
 
 
-class Contestant:
+class Contestant(Child):
     """A side in its own process, which is there from the first word to the last."""
 
     def __init__(self, name: str, job: Job) -> None:
-        """``name`` is ``side`` or ``side-variant``."""
+        """``name`` is ``side`` or ``side-variant``. It loads what the job needs, while others do, too."""
         side, _, variant = name.partition("-")
-        self.name, self.job = name, job
         ready = {"OMP_NUM_THREADS": str(job.threads), "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "contestant.py"), side, variant or "default", job.to_text()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | ready,
-        )
-        self.loaded = self._answer()
+        command = [str(HERE / "contestant.py"), side, variant or "default", job.to_text()]
+        super().__init__(name, command, ready)
+        self._loaded: Answer | None = None
 
-    def ask(self, do: str, **more: Any) -> dict[str, Any]:
-        assert self._process.stdin
-        print(json.dumps({"do": do, **more}), file=self._process.stdin, flush=True)
-        return self._answer()
+    @property
+    def loaded(self) -> Answer:
+        """What it says when it is ready."""
+        return self.ready()
 
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
+    def ready(self, within: float | None = None) -> Answer:
+        """Wait for that, at most so many seconds."""
+        if self._loaded is None:
+            self._loaded = self.answer(within)
+        return self._loaded
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"{self.name} ended with status {self._process.wait()}; what it said is above")
-        return dict(json.loads(line))
+    def ask(self, do: str, *, within: float | None = None, **more: Any) -> Answer:
+        """See :class:`~child.Child`."""
+        self.ready(within)
+        return super().ask(do, within=within, **more)
 
 
 @dataclass

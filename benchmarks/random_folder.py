@@ -10,66 +10,103 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sdxl_cli.bench.weights import random_tensor
 from sdxl_cli.checkpoint import diffusers_config as texts
+from sdxl_cli.checkpoint.identify import CLIP_L, UNET, VAE, big_g_prefix
+from sdxl_cli.checkpoint.layouts import (
+    Plan,
+    big_g_to_diffusers,
+    clip_l_to_diffusers,
+    unet_to_diffusers,
+    vae_to_diffusers,
+)
 from sdxl_cli.checkpoint.stream import Pending, write_pending
 from sdxl_cli.generation.device import DTYPES
 from sdxl_cli.generation.prompt import CONTEXT_LENGTH, Tokenizer
 from sdxl_cli.model.config import CONFIGS, ModelConfig
+from sdxl_cli.model.sdxl import SDXL
 
 PARTS = {"unet": ("unet",), "vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}
 """Parts of a model, and the folders they are in."""
 
 
-def write_folder(folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
-    """All that a pipeline has."""
+def write_folder(folder: Path, config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> None:
+    """All that a pipeline has. Numbers are drawn on ``device``: other devices draw others."""
     _write_texts(folder, config)
-    for names in PARTS.values():
-        for name in names:
-            settings, stem, network = _network(name, config)
-            home = folder / name
-            home.mkdir(parents=True, exist_ok=True)
-            (home / "config.json").write_text(texts.to_text(settings), "utf-8")
-            path = home / f"{stem}.safetensors"
-            if path.exists():
-                continue
-            print(f"writing {path}", file=sys.stderr, flush=True)
-            pending = {
-                key: _pending(name, key, tensor, dtype) for key, tensor in network.state_dict().items()
-            }
-            write_pending(path, pending, {"format": "pt"})
-
-
-def _pending(part: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> Pending:
-    shape = tuple(tensor.shape)
-    if not tensor.is_floating_point():
-        return Pending(tensor.dtype, shape, partial(torch.zeros, shape, dtype=tensor.dtype))
-    return Pending(dtype, shape, partial(random_tensor, f"{part}.{name}", shape, dtype, torch.device("cpu")))
-
-
-def _network(name: str, config: ModelConfig) -> tuple[dict[str, Any], str, torch.nn.Module]:
-    """Its settings, how its file is called, and the network without numbers."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     with torch.device("meta"):
-        if name == "unet":
-            settings = texts.unet_json(config)
-            return settings, "diffusion_pytorch_model", UNet2DConditionModel.from_config(settings)
-        if name == "vae":
-            settings = texts.vae_json(config.vae, config.native_size)
-            return settings, "diffusion_pytorch_model", AutoencoderKL.from_config(settings)
-        tower = config.clip_l if name == "text_encoder" else config.big_g
-        assert tower is not None
-        kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
-        settings = texts.tower_json(tower, kind.__name__)
-        return settings, "model", kind(CLIPTextConfig.from_dict(settings))
+        shapes = {name: tuple(tensor.shape) for name, tensor in SDXL(config).state_dict().items()}
+    for network in _networks(config):
+        home = folder / network.name
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "config.json").write_text(texts.to_text(network.settings), "utf-8")
+        path = home / f"{network.stem}.safetensors"
+        if path.exists():
+            continue
+        print(f"writing {path}", file=sys.stderr, flush=True)
+        inside = {
+            name.removeprefix(network.prefix): shape
+            for name, shape in shapes.items()
+            if name.startswith(network.prefix)
+        }
+        plan = network.plan(list(inside))
+        pending = {
+            name: _pending(f"{network.name}.{name}", source.shape(inside), dtype, device)
+            for name, source in plan.items()
+        }
+        write_pending(path, pending, {"format": "pt"})
+
+
+def _pending(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Pending:
+    return Pending(dtype, shape, lambda: random_tensor(name, shape, dtype, torch.device(device)).cpu())
+
+
+@dataclass(frozen=True, slots=True)
+class _Network:
+    name: str
+    """Of its folder."""
+    stem: str
+    settings: texts.Json
+    prefix: str
+    """Of its tensors in a single file."""
+    plan: Callable[[list[str]], Plan]
+
+
+def _networks(config: ModelConfig) -> list[_Network]:
+    assert config.clip_l is not None
+    weights = "diffusion_pytorch_model"
+    return [
+        _Network(
+            "unet", weights, texts.unet_json(config), UNET, partial(unet_to_diffusers, config=config.unet)
+        ),
+        _Network(
+            "vae",
+            weights,
+            texts.vae_json(config.vae, config.native_size),
+            VAE,
+            partial(vae_to_diffusers, config=config.vae),
+        ),
+        _Network(
+            "text_encoder",
+            "model",
+            texts.tower_json(config.clip_l, "CLIPTextModel"),
+            CLIP_L,
+            clip_l_to_diffusers,
+        ),
+        _Network(
+            "text_encoder_2",
+            "model",
+            texts.tower_json(config.big_g, "CLIPTextModelWithProjection"),
+            big_g_prefix(config),
+            big_g_to_diffusers,
+        ),
+    ]
 
 
 def _write_texts(folder: Path, config: ModelConfig) -> None:

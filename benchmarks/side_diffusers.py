@@ -20,7 +20,8 @@ PACKAGES = ("diffusers", "safetensors", "transformers", "accelerate")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALLEST = 8
 
-Work = Callable[[], Tensor]
+Work = Callable[..., Tensor]
+"""Does a job once; of a picture it can be told the steps."""
 
 
 def build(job: Job, variant: str) -> Work:
@@ -134,12 +135,12 @@ def _image(job: Job, variant: str) -> Work:
     pipe = pipeline(job, variant)
     start = NoiseStreams(range(job.batch)).next((4, job.height // 8, job.width // 8))
 
-    def work() -> Tensor:
+    def work(steps: int = job.steps) -> Tensor:
         pictures = pipe(
             PROMPT,
             height=job.height,
             width=job.width,
-            num_inference_steps=job.steps,
+            num_inference_steps=steps,
             guidance_scale=CFG,
             num_images_per_prompt=job.batch,
             latents=start.to(job.device, DTYPES[job.dtype]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from job import CFG, PROMPT, Job, latents, picture, sigma, text
@@ -21,7 +22,8 @@ from sdxl_cli.model.conditioning import TextFeatures
 
 PACKAGES = ("safetensors", "transformers", "open_clip_torch")
 
-Work = Callable[[], Tensor]
+Work = Callable[..., Tensor]
+"""Does a job once; of a picture it can be told the steps."""
 
 
 def build(job: Job, variant: str) -> Work:
@@ -85,8 +87,9 @@ def _text(job: Job, setting: Setting) -> Work:
 def _image(job: Job, setting: Setting) -> Work:
     models = Models(base=setting.weights)
 
-    def work() -> Tensor:
-        pictures = [torch.from_numpy(made.pixels) for made in generate(setting.plan, models, Silent())]
+    def work(steps: int = job.steps) -> Tensor:
+        plan = plan_generation(replace(setting.asked, steps=steps), setting.files.config)
+        pictures = [torch.from_numpy(made.pixels) for made in generate(plan, models, Silent())]
         return torch.stack(pictures).float() / 255
 
     return work
