@@ -23,8 +23,7 @@ def upsample_conv(
     """
     doubled = (2 * x.shape[2], 2 * x.shape[3])
     size = size or doubled
-    # on CUDA not before it is measured: tensor cores like 3x3 kernels better than small strided copies
-    if size == doubled and not x.is_cuda:
+    if size == doubled:
         return upsample_conv_subpixel(x, weight, bias)
     return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=1)
 
@@ -61,16 +60,24 @@ def subpixel_weight(weight: Tensor) -> Tensor:
         weight: [D, C, 3, 3].
 
     Returns:
-        [4·D, C, 2, 2]: upper left, upper right, lower left, lower right.
+        [4·D, C, 2, 2]: upper left, upper right, lower left, lower right. Channels are last in memory if they are in
+        ``weight``.
     """
-    rows = [_halves(weight, 2, first) for first in (1, 2)]
-    return torch.cat([_halves(row, 3, first) for row in rows for first in (1, 2)])
+    if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+        return _quarters(weight.permute(0, 2, 3, 1), (1, 2)).permute(0, 3, 1, 2)
+    return _quarters(weight, (2, 3))
+
+
+def _quarters(weight: Tensor, dims: tuple[int, int]) -> Tensor:
+    rows = [_halves(weight, dims[0], first) for first in (1, 2)]
+    return torch.cat([_halves(row, dims[1], first) for row in rows for first in (1, 2)])
 
 
 def _halves(weight: Tensor, dim: int, first: int) -> Tensor:
     """Three taps along ``dim`` as two: the sum of the ``first`` ones, and the sum of the others."""
     parts = torch.split(weight, [first, 3 - first], dim=dim)
-    return torch.cat([part.sum(dim, keepdim=True) for part in parts], dim=dim)
+    sums = [part if part.shape[dim] == 1 else part.sum(dim, keepdim=True) for part in parts]
+    return torch.cat(sums, dim=dim)
 
 
 def downsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from sdxl_kernels import cuda_norm
 from sdxl_kernels.attention import attention, cuda_backends
+from sdxl_kernels.convolution import upsample_conv
 from sdxl_kernels.cuda_norm import TOLERANCES, FusedNorm
 from sdxl_kernels.graphs import CudaRecorder
 from torch import Tensor, nn
@@ -374,3 +375,16 @@ def test_networks_with_channels_last(name: str, dtype: torch.dtype) -> None:
     found = error(network(*moved(inputs, dtype)), expected)
     print(f"{name}, {dtype}: channels first {first:.2%}, last {found:.2%}")
     assert found < CEILINGS[dtype]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", CEILINGS, ids=str)
+def test_doubling_by_four_small_convolutions(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 320, 33, 31), torch.randn(320, 320, 3, 3) / 54
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, padding=1)
+    moved_x, moved_weight = (value.to(DEVICE, dtype, memory_format=layout) for value in (x, weight))
+    made = upsample_conv(moved_x, moved_weight, None)
+    assert made.is_contiguous(memory_format=layout)
+    assert error(made, expected) < CEILINGS[dtype]

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from sdxl_kernels import convolution
 from sdxl_kernels.convolution import (
     downsample_conv,
     downsample_conv_asymmetric,
+    subpixel_weight,
     upsample_conv,
     upsample_conv_subpixel,
 )
@@ -179,6 +181,30 @@ def test_subpixel_doubling_is_doubling_then_a_convolution(
     made = upsample_conv_subpixel(x, weight, bias)
     assert torch.allclose(made, expected, atol=1e-12)
     assert size == (1, 1) or made.is_contiguous(memory_format=layout)
+
+
+def test_kernels_of_four_pixels_keep_their_channels_where_they_are() -> None:
+    """Otherwise they would be moved before every convolution."""
+    weight = randn(6, 4, 3, 3)
+    first, last = weight, weight.contiguous(memory_format=torch.channels_last)
+    made = subpixel_weight(last)
+    assert torch.equal(made, subpixel_weight(first))
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    assert subpixel_weight(first).is_contiguous()
+
+
+@pytest.mark.parametrize("size", [None, (7, 10)])
+def test_every_doubling_is_done_so_on_every_device(
+    size: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for sizes that were odd before they were halved; while training too."""
+    asked: list[int] = []
+    real = convolution.upsample_conv_subpixel
+    monkeypatch.setattr(convolution, "upsample_conv_subpixel", lambda *given: asked.append(1) or real(*given))
+    x, weight, bias = leaves((1, 3, 4, 5), (2, 3, 3, 3), (2,))
+    upsample_conv(x, weight, bias, size).sum().backward()
+    assert bool(asked) is (size is None)
+    assert x.grad is not None
 
 
 def test_subpixel_doubling_does_four_ninths_of_the_work() -> None:
