@@ -21,7 +21,11 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [..., D].
     """
-    projected = F.linear(x, weight, bias)
+    return gated(F.linear(x, weight, bias))
+
+
+def gated(projected: Tensor) -> Tensor:
+    """The second half of :func:`geglu`: [..., 2·D] -> [..., D], value * gelu(gate)."""
     if torch.is_grad_enabled() and projected.requires_grad:
         return _Gated.apply(projected)
     value, gate = projected.chunk(2, dim=-1)

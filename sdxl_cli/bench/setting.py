@@ -17,7 +17,8 @@ from sdxl_cli.generation import residency
 from sdxl_cli.generation.device import compute_as_told, pick_device, pick_dtype, pick_vae_dtype
 from sdxl_cli.generation.pipeline import Reporter
 from sdxl_cli.generation.plan import Plan, plan_generation
-from sdxl_cli.generation.request import GenerateRequest, Precision
+from sdxl_cli.generation.prepacking import prepacks
+from sdxl_cli.generation.request import GenerateRequest, Precision, Prepack
 from sdxl_cli.generation.session import open_weights
 from sdxl_cli.generation.weights import FileWeights
 from sdxl_cli.model.config import CONFIGS
@@ -50,6 +51,7 @@ class BenchRequest:
     dtype: Precision = "auto"
     vae_dtype: Precision = "auto"
     winograd: bool = True
+    prepack: Prepack = "auto"
     only: tuple[CaseName, ...] = ()
     """Which rows; empty: all that fit."""
     repeats: int = 5
@@ -134,6 +136,7 @@ def settle(request: BenchRequest, report: Reporter) -> Setting:
         dtype=request.dtype,
         vae_dtype=request.vae_dtype,
         winograd=request.winograd,
+        prepack=request.prepack,
     )
     plan = plan_generation(generate, files.config, formulation=None)
     return Setting(request=request, files=files, weights=_weights(files, generate, report), plan=plan)
@@ -154,7 +157,8 @@ def _weights(files: ModelFiles, request: GenerateRequest, report: Reporter) -> F
     dtype, vae_dtype = pick_dtype(request.dtype, device), pick_vae_dtype(request.vae_dtype, device)
     compute_as_told(dtype, vae_dtype)
     free = residency.free_bytes(device)
-    held = sum(sources.weight_bytes(files.config, dtype, vae_dtype).values())
+    sizes = sources.weight_bytes(files.config, dtype, vae_dtype)
+    held = sum(sizes.values())
     # as at most 0.7 of what is free: the work needs room, too
     stays = free is None or held < 0.7 * free
     random = sources.RandomWeights(
@@ -164,6 +168,7 @@ def _weights(files: ModelFiles, request: GenerateRequest, report: Reporter) -> F
         vae_dtype=vae_dtype,
         stays=stays,
         winograd=request.winograd,
+        prepacks=prepacks(request.prepack, lambda: sizes["unet"], device, dtype),
     )
     report.note(f"runs on {device.type} in {str(dtype).removeprefix('torch.')}")
     return random

@@ -282,6 +282,14 @@ VaeTiling = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Prepack = Annotated[
+    str | None,
+    typer.Option(
+        help="On a CPU, linear layers laid out as it multiplies them: on, off, or auto where that is faster.",
+        metavar="WHEN",
+        rich_help_panel=MACHINE,
+    ),
+]
 CudaGraphs = Annotated[
     bool | None,
     typer.Option(

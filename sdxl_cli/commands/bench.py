@@ -63,6 +63,7 @@ def command(
     dtype: flags.Dtype = None,
     vae_dtype: flags.VaeDtype = None,
     winograd: flags.Winograd = None,
+    prepack: flags.Prepack = None,
     threads: Annotated[
         int | None,
         typer.Option(help="Of the CPU; default: one per core.", metavar="N", rich_help_panel=flags.MACHINE),

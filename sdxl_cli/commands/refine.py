@@ -94,6 +94,7 @@ def command(
     vram: flags.Vram = None,
     vae_tiling: flags.VaeTiling = None,
     winograd: flags.Winograd = None,
+    prepack: flags.Prepack = None,
     cuda_graphs: flags.CudaGraphs = None,
     compile: flags.Compile = None,
     output: flags.Output = None,

@@ -35,6 +35,7 @@ MaskContent = Literal["original", "noise"]
 Upscaler = Literal["latent", "lanczos"]
 RefinerMode = Literal["ensemble", "sdedit"]
 Vram = Literal["auto", "high", "med", "low"]
+Prepack = Literal["auto", "on", "off"]
 RANDOM_SEED = -1
 LARGEST_SEED = 2**32 - 1
 """Seeds drawn for ``-1`` are below this, so that other front ends can be given them."""
@@ -161,6 +162,8 @@ class SamplingRequest:
     """Decode and encode in overlapping tiles from the start; they come by themselves when memory runs out."""
     winograd: bool = True
     """On a CPU, convolutions with fewer multiplications where that is faster: exact algebra, rounded otherwise."""
+    prepack: Prepack = "auto"
+    """On a CPU, lay the U-Net's linear layers out as it multiplies them: ``auto`` where that is known to be faster."""
     cuda_graphs: bool = True
     """On a GPU, record the first step of each shape and replay it."""
     compile: bool = False

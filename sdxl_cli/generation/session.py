@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.errors import UsageError
@@ -16,9 +18,11 @@ from sdxl_cli.generation import residency
 from sdxl_cli.generation.allocator import reuse_large_blocks
 from sdxl_cli.generation.device import compute_as_told, describe, pick_device, pick_dtype, pick_vae_dtype
 from sdxl_cli.generation.lora import wear_loras
+from sdxl_cli.generation.memory import part_bytes
 from sdxl_cli.generation.metadata import Stored
 from sdxl_cli.generation.picture import Pixels, read_texts
 from sdxl_cli.generation.pipeline import Models, Reporter
+from sdxl_cli.generation.prepacking import prepacks
 from sdxl_cli.generation.request import GenerateRequest, SamplingRequest
 from sdxl_cli.generation.sizes import format_size
 from sdxl_cli.generation.weights import FileWeights
@@ -51,6 +55,7 @@ def open_weights(
             stays=vram == "high",
             streams=vram == "low",
             winograd=request.winograd,
+            prepacks=prepacks(request.prepack, partial(_unet_bytes, files, dtype), device, dtype),
             cuda_graphs=request.cuda_graphs,
             compiles=request.compile,
             report=report,
@@ -59,6 +64,10 @@ def open_weights(
     ]
     wear_loras(weights, request, report)
     return weights
+
+
+def _unet_bytes(files: ModelFiles, dtype: torch.dtype) -> int:
+    return part_bytes(files, dtype, dtype)["unet"]
 
 
 def warn_of_another_model(stored: Stored, files: ModelFiles, report: Reporter) -> None:

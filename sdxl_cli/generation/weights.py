@@ -21,6 +21,7 @@ from sdxl_cli.generation.remember import RecordedSteps
 from sdxl_cli.generation.streaming import stream
 from sdxl_cli.model.conditioning import Conditioner
 from sdxl_cli.model.config import ModelConfig, Part
+from sdxl_cli.model.prepacked import prepack_linears
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.unet import UNet
 from sdxl_cli.model.vae import Autoencoder
@@ -86,6 +87,7 @@ class FileWeights:
         stays: bool = False,
         streams: bool = False,
         winograd: bool = True,
+        prepacks: bool = False,
         cuda_graphs: bool = True,
         compiles: bool = False,
         report: object = None,
@@ -93,15 +95,16 @@ class FileWeights:
         """``report``, when it is an observer, sees how long reading takes.
 
         Two flags say what is in memory: with ``stays`` every part, once loaded; with ``streams`` of the U-Net one
-        block, while it is computed. Three say how it is computed: ``winograd``, on a CPU, with fewer
-        multiplications; ``cuda_graphs``, on a GPU, recorded and replayed; ``compiles``, by torch's compiler.
+        block, while it is computed. Four say how it is computed: ``winograd``, on a CPU, with fewer multiplications;
+        ``prepacks``, there too, linear layers as it multiplies them; ``cuda_graphs``, on a GPU, recorded and
+        replayed; ``compiles``, by torch's compiler.
         """
         self._report = report
         self.files, self.config = files, files.config
         self.formulation = Formulation(files.prediction, files.identity.zero_terminal_snr)
         self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
         self.stays, self.streams, self.winograd = stays, streams, winograd
-        self.cuda_graphs, self.compiles = cuda_graphs, compiles
+        self.prepacks, self.cuda_graphs, self.compiles = prepacks, cuda_graphs, compiles
         self.recorded: RecordedSteps | None = None
         self.known_token_ids: frozenset[int] | None = None
         self.loras: Sequence[WornLora] = ()
@@ -131,6 +134,8 @@ class FileWeights:
         unet.compute_fast(convolves_fast(self, self.dtype) and not self.compiles)
         if self.compiles:
             unet.compile_blocks()
+        elif self.prepacks and not self.streams:
+            prepack_linears(unet)
         elif channels_last_pays(self.device, self.dtype):
             unet.channels_last = True
             if not self.streams:  # whose kernels are a file's

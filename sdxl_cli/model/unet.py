@@ -10,12 +10,13 @@ from einops import rearrange
 from sdxl_kernels import strips
 from sdxl_kernels.attention import attention
 from sdxl_kernels.convolution import downsample_conv, upsample_conv
-from sdxl_kernels.feedforward import geglu
+from sdxl_kernels.feedforward import gated, geglu
 from sdxl_kernels.normalization import group_norm, group_norm_silu
 from torch import Tensor, nn
 
 from sdxl_cli.model.config import UNetConfig
 from sdxl_cli.model.embedding import sinusoidal
+from sdxl_cli.model.prepacked import PrepackedLinear
 
 RES_EPS = 1e-5
 TRANSFORMER_EPS = (
@@ -103,10 +104,12 @@ class GEGLU(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, 2 * inner)
+        self.proj: nn.Linear | PrepackedLinear = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, C] -> [B, L, inner]."""
+        if isinstance(self.proj, PrepackedLinear):
+            return gated(self.proj(x))
         return geglu(x, self.proj.weight, self.proj.bias)
 
 

@@ -73,7 +73,7 @@ def test_fields_that_need_other_weights_are_few() -> None:
     """A new field of the request belongs in one of the two lists; unlisted, its sweep loads the model every time."""
     heavy = {
         "model", "vae", "refiner", "lora", "lora_dir", "prediction", "zero_terminal_snr", "device", "dtype",
-        "vae_dtype", "vram", "winograd", "compile", "cuda_graphs",
+        "vae_dtype", "vram", "winograd", "prepack", "compile", "cuda_graphs",
     }  # fmt: skip
     assert set(hints(GenerateRequest)) == heavy | LIGHT_FIELDS
     assert not heavy & LIGHT_FIELDS
