@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from sdxl_kernels.graphs import CudaRecorder, Graphs, Record
 from torch import Tensor, nn
 
-from sdxl_cli.model.unet import KeysValues, Prepared, UNet
+from sdxl_cli.model.attention import KeysValues
+from sdxl_cli.model.unet import Prepared, UNet
 
 
 class Remembering:

@@ -13,13 +13,15 @@ BLOCKS = (ResBlock, TransformerBlock, Downsample, Upsample)
 """What comes and goes: nearly all of a U-Net's weights are in these."""
 
 
-def stream(unet: UNet, device: torch.device, dtype: torch.dtype) -> UNet:
+def stream(unet: UNet, device: torch.device, dtype: torch.dtype, *, joined: bool = False) -> UNet:
     """Let the blocks come when they are called and go when they are done.
 
     Args:
         unet: on the CPU, in whatever dtype it is stored in; as views of a mapped file it takes no memory.
         device: where it is to be computed.
         dtype: what it is to be computed in.
+        joined: project queries, keys and values together, as :meth:`UNet.join_projections
+            <sdxl_cli.model.unet.UNet.join_projections>` has it, so that the results are the same.
 
     Returns:
         The same U-Net.
@@ -31,6 +33,8 @@ def stream(unet: UNet, device: torch.device, dtype: torch.dtype) -> UNet:
             parameter.data = parameter.data.to(device, dtype)
     for module, parameters in moving.items():
         _attach(module, parameters, device, dtype)
+        if joined and isinstance(module, TransformerBlock):
+            _join(module)
     return unet
 
 
@@ -76,3 +80,16 @@ def _attach(
 
     module.register_forward_pre_hook(come)
     module.register_forward_hook(go, always_call=True)
+
+
+def _join(block: TransformerBlock) -> None:
+    """Behind what :func:`_attach` does when the block comes and goes."""
+
+    def come(_: nn.Module, args: object) -> None:
+        block.attn1.join()
+
+    def go(_: nn.Module, args: object, output: object) -> None:
+        block.attn1.joined = None
+
+    block.register_forward_pre_hook(come)
+    block.register_forward_hook(go, always_call=True)

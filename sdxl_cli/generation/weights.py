@@ -136,12 +136,19 @@ class FileWeights:
             unet.compile_blocks()
         elif self.prepacks and not self.streams:
             prepack_linears(unet)
-        elif channels_last_pays(self.device, self.dtype):
-            unet.channels_last = True
-            if not self.streams:  # whose kernels are a file's
-                unet.to(memory_format=torch.channels_last)
+        else:
+            self._set_up_for_gpu(unet)
         if self.cuda_graphs and self.device.type == "cuda" and not self.streams:
             self.recorded = RecordedSteps(unet)
+
+    def _set_up_for_gpu(self, unet: UNet) -> None:
+        if channels_last_pays(self.device, self.dtype):
+            if self.streams:  # of which kernels are pages of the file
+                unet.channels_last = True
+            else:
+                unet.lay_channels_last()
+        if joins_projections(self.device) and not self.streams:
+            unet.join_projections()
 
     def vae(self) -> Autoencoder:
         """The autoencoder."""
@@ -196,7 +203,9 @@ class FileWeights:
         # numbers of one byte have scales beside them; what a LoRA adds would be rounded to what is stored
         stored = self.dtype if self.loras or stored.itemsize == 1 else stored
         model = self._load("unet", stored, torch.device("cpu"))
-        stream(model.unet, self.device, self.dtype)
+        stream(
+            model.unet, self.device, self.dtype, joined=joins_projections(self.device) and not self.compiles
+        )
         return model
 
 
@@ -253,6 +262,11 @@ def channels_last_pays(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether networks are to have channels last in memory: where the group norm between convolutions leaves it so."""
     wanted = device.type == "cuda" and dtype in cuda_norm.WANTED
     return wanted and not isinstance(cuda_norm.ready(device, dtype), str)
+
+
+def joins_projections(device: torch.device) -> bool:
+    """Whether queries, keys and values of a picture are one product: on a GPU fewer and larger ones take less time."""
+    return device.type == "cuda"
 
 
 def lora_records(loras: Sequence[WornLora], role: str) -> list[LoraRecord]:

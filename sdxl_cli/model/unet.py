@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from sdxl_kernels import strips
-from sdxl_kernels.attention import attention
 from sdxl_kernels.convolution import downsample_conv, upsample_conv
 from sdxl_kernels.feedforward import gated, geglu
 from sdxl_kernels.normalization import group_norm, group_norm_silu
 from torch import Tensor, nn
 
+from sdxl_cli.model.attention import Attention, KeysValues
 from sdxl_cli.model.config import UNetConfig
 from sdxl_cli.model.embedding import sinusoidal
 from sdxl_cli.model.prepacked import PrepackedLinear
@@ -63,40 +63,6 @@ class ResBlock(nn.Module):
         hidden = _rows(hidden, len(emb)).add_(self.emb_layers[1](emb)[:, None, None, :])
         hidden = _fast_conv(self.out_layers, rearrange(hidden, "b h w c -> b c h w"))
         return rearrange(hidden, "b h w c -> b c h w").add_(_rows(self.skip_connection(x), len(emb)))
-
-
-@dataclass(frozen=True, slots=True)
-class KeysValues:
-    """What an attention layer reads of its context."""
-
-    keys: Tensor
-    """[B, H, S, d]."""
-    values: Tensor
-    """[B, H, S, d]."""
-
-
-class Attention(nn.Module):
-    """Multi-head attention of tokens on a context; on themselves when there is none."""
-
-    def __init__(self, width: int, context_width: int, head_width: int) -> None:
-        super().__init__()
-        self.heads = width // head_width
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width, width, bias=False)
-        self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0.0))
-
-    def read(self, source: Tensor) -> KeysValues:
-        """[B, S, ctx] -> keys and values."""
-        return KeysValues(self._split(self.to_k(source)), self._split(self.to_v(source)))
-
-    def forward(self, x: Tensor, source: KeysValues) -> Tensor:
-        """[B, L, C] -> [B, L, C]."""
-        out = attention(self._split(self.to_q(x)), source.keys, source.values)
-        return self.to_out(rearrange(out, "b h l d -> b l (h d)"))
-
-    def _split(self, tokens: Tensor) -> Tensor:
-        return rearrange(tokens, "b l (h d) -> b h l d", h=self.heads)
 
 
 class GEGLU(nn.Module):
@@ -152,7 +118,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, L, C] and the context of B rows -> [B, L, C]."""
         normed = self.norm1(x)
-        x = x + self.attn1(normed, self.attn1.read(normed))
+        x = x + self.attn1.of_itself(normed)
         if isinstance(context, Prepared):
             x = self._told(x, context.keys_values[self])
         else:
@@ -305,6 +271,12 @@ class UNet(nn.Module):
         """
         self.channels_last = True
         self.to(memory_format=torch.channels_last)
+
+    def join_projections(self) -> None:
+        """Let tokens' own attention have one projection, layer by layer; see ``Attention.join``."""
+        for module in self.modules():
+            if isinstance(module, TransformerBlock):
+                module.attn1.join()
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Let torch compile the blocks, each kind once per shape, at their first call; ``backend`` is torch's."""

@@ -20,7 +20,7 @@ from sdxl_cli.generation.remember import RecordedSteps, Remembering
 from sdxl_cli.generation.weights import FileWeights
 from sdxl_cli.model.config import CONFIGS
 from sdxl_cli.model.sdxl import SDXL
-from sdxl_cli.model.unet import Prepared, UNet
+from sdxl_cli.model.unet import Prepared, TransformerBlock, UNet
 from tests.model.peers import BASE, randomize, relative
 
 
@@ -164,6 +164,9 @@ def test_which_networks_have_channels_last(
     assert kernel.is_contiguous(memory_format=torch.channels_last) is moved, (
         "a file's pages stay where they are"
     )
+    blocks = [module for module in network.modules() if isinstance(module, TransformerBlock)]
+    at_once = kinds.get("device", GPU) == GPU and not kinds.keys() & {"streams", "compiles"}
+    assert {block.attn1.joined is not None for block in blocks} == {at_once}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

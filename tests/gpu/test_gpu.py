@@ -388,3 +388,16 @@ def test_doubling_by_four_small_convolutions(dtype: torch.dtype, layout: torch.m
     made = upsample_conv(moved_x, moved_weight, None)
     assert made.is_contiguous(memory_format=layout)
     assert error(made, expected) < CEILINGS[dtype]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", CEILINGS, ids=str)
+def test_queries_keys_and_values_by_one_product(dtype: torch.dtype) -> None:
+    unet = UNet(BASE.unet).eval()
+    randomize(unet)
+    inputs = unet_inputs(BASE)
+    expected = unet(*inputs)
+    unet.to(DEVICE, dtype).join_projections()
+    found = error(unet(*moved(inputs, dtype)), expected)
+    print(f"joined, {dtype}: {found:.2%}")
+    assert found < CEILINGS[dtype]

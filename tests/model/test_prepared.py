@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdxl_cli.model.unet import Attention, UNet, initialize
+from sdxl_cli.model.attention import Attention
+from sdxl_cli.model.unet import UNet, initialize
 from tests.model.peers import BASE, REFINER, randomize, relative
 
 BOUND = 5e-6

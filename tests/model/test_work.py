@@ -19,8 +19,9 @@ from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.diffusion.samplers import SAMPLERS
 from sdxl_cli.diffusion.schedule import NoiseSchedule
 from sdxl_cli.model import vae_strips
+from sdxl_cli.model.attention import KeysValues
 from sdxl_cli.model.config import BASE
-from sdxl_cli.model.unet import KeysValues, Prepared, TransformerBlock, UNet
+from sdxl_cli.model.unet import Prepared, TransformerBlock, UNet
 from sdxl_cli.model.vae import Autoencoder
 
 META = torch.device("meta")
