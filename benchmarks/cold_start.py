@@ -15,17 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
-from harness import heading, publish, said
+from harness import flags, heading, publish, said, weights_of
 from job import PROMPT
-from random_folder import PARTS, write_folder
+from random_folder import PARTS
+from rows import missing
 
 from sdxl_cli.bench.machine import machine
 from sdxl_cli.bench.timing import ratio, spread
-from sdxl_cli.generation.device import DTYPES
-from sdxl_cli.model.config import CONFIGS
 
 DONE = """
 import os, sys
@@ -88,8 +86,7 @@ def started(program: str, values: dict[str, str], threads: int) -> tuple[float, 
 
 def main() -> None:
     args = arguments()
-    folder = args.weights or Path.home() / ".cache" / "sdxl" / "benchmarks" / f"{args.model}-{args.dtype}"
-    write_folder(folder, CONFIGS[args.model], DTYPES[args.dtype])
+    folder = weights_of(args)
     for name in (name for names in PARTS.values() for name in names):
         for path in (folder / name).glob("*.safetensors"):
             with path.open("rb") as file:
@@ -99,11 +96,17 @@ def main() -> None:
         "FOLDER": str(folder.absolute()), "SIZE": args.size, "DTYPE": args.dtype, "DEVICE": args.device,
         "PROMPT": PROMPT,
     }  # fmt: skip
-    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in PROGRAMS}
-    for name in PROGRAMS:  # compiles what Python has not compiled yet
+    gone = missing("diffusers", "accelerate")
+    if gone:
+        print(f"{gone}: no rows of diffusers", flush=True)
+    theirs = {theirs for _, theirs in PAIRS}
+    found: dict[str, list[tuple[float, float, int]]] = {
+        name: [] for name in PROGRAMS if not (gone and name in theirs)
+    }
+    for name in found:  # compiles what Python has not compiled yet
         started(PROGRAMS[name], values, args.threads)
     for number in range(args.rounds):
-        for name in list(PROGRAMS)[:: -1 if number % 2 else 1]:
+        for name in list(found)[:: -1 if number % 2 else 1]:
             found[name].append(started(PROGRAMS[name], values, args.threads))
             print(f"round {number + 1}: {name} {found[name][-1][0]:.2f} s", file=sys.stderr, flush=True)
     device = torch.device(args.device)
@@ -129,19 +132,8 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=("tiny", "base"), default="tiny")
-    parser.add_argument(
-        "--weights", type=Path, help="folder of the random weights; made where they are missing"
-    )
+    parser = flags(__doc__, rounds=5)
     parser.add_argument("--size", default="64x64", help="WxH")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", action="store_true", help="add the table to RESULTS.md")
     return parser.parse_args()
 
 

@@ -11,7 +11,8 @@ A part of the work is compared with diffusers in a finer precision; where ours i
 nearest peer, the exit code is 1. Arithmetic is counted; its share is that of the rate of matrix products in the same
 process.
 
-Rows for which there is no time are left out, and that is said. Compiling comes last and is ended with the time.
+Rows for which there is no time are left out, and that is said. Compiling comes last and is ended with the time. By
+default rounds are more for the shorter rows, and the precision is bf16, on a CPU fp32.
 """
 
 from __future__ import annotations
@@ -26,16 +27,13 @@ from typing import Any
 
 import torch
 from child import Answer, Ended, OutOfTime
-from harness import GIB, OURS, Contestant, heading, publish, said
+from harness import GIB, OURS, Contestant, flags, heading, publish, said, weights_of
 from job import Job, Kind, relative
-from random_folder import write_folder
 from rows import Rows, missing
 from safetensors.torch import load_file
 
 from sdxl_cli.bench.machine import machine
 from sdxl_cli.bench.timing import Spread, ratio, spread
-from sdxl_cli.generation.device import DTYPES
-from sdxl_cli.model.config import CONFIGS
 
 MED = f"{OURS}-med"
 PEERS = ("default", "best", "compiled")
@@ -292,12 +290,10 @@ def main() -> None:
         "model": args.model, "side": args.side, "dtype": args.dtype,
     }  # fmt: skip
     rows = Rows(args.minutes, args.json, about)
-    name = f"{args.model}-{args.dtype}-{device.type}"
-    folder = args.weights or Path.home() / ".cache" / "sdxl" / "benchmarks" / name
-    write_folder(folder, CONFIGS[args.model], DTYPES[args.dtype], args.device)
+    folder = weights_of(args)
     job = Job(
         folder=str(folder), kind="image", height=args.side, width=args.side, steps=args.steps[0], dtype=args.dtype,
-        device=args.device, threads=torch.get_num_threads(),
+        device=args.device, threads=args.threads,
     )  # fmt: skip
     bench = Bench(args, job, rows)
     bench.run([row for row in ROWS if row.kind in args.only])
@@ -316,24 +312,15 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=("tiny", "base"), default="base")
-    parser.add_argument(
-        "--weights", type=Path, help="folder of the random weights; made where they are missing"
-    )
+    parser = flags(__doc__, rounds=0)
+    parser.set_defaults(model="base", dtype="", device="cuda")
     parser.add_argument("--side", type=int, default=1024, help="pixels")
     parser.add_argument("--steps", default="30,50", help="of whole pictures; rows for each")
     parser.add_argument("--many", type=int, default=8, help="pictures at once in the rows of several")
     parser.add_argument("--only", default="image,unet,decode", help="of these kinds of rows")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--rounds", type=int, default=0, help="of each row; 0: more for the shorter ones")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="bf16; on a CPU fp32")
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=7.5, help="rows that do not fit in are left out")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", action="store_true", help="add the tables to RESULTS.md")
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device here; give --device cpu --model tiny for a trial of the script")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import missing
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -156,11 +157,11 @@ def steps(bench: Bench) -> None:
 
 def peers(bench: Bench, unet: UNet, given: tuple[Tensor, ...]) -> dict[str, Callable[[], Tensor]]:
     """diffusers as it is by default and as fast as its settings make it, with our weights."""
-    try:
-        from diffusers import UNet2DConditionModel
-    except ImportError:
-        print("diffusers is not installed: no rows of it")
+    if gone := missing("diffusers"):
+        print(f"{gone}: no rows of it", flush=True)
         return {}
+    from diffusers import UNet2DConditionModel
+
     x, t, texts, vectors = given
     config = bench.config.unet
     doubled, pooled = torch.cat([x, x]), config.adm_in_channels - 6 * bench.config.scalar_dim

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,10 +14,13 @@ from typing import Any
 
 from child import Answer, Child
 from job import Job, relative
+from random_folder import write_folder
 from safetensors.torch import load_file
 
 from sdxl_cli.bench.timing import Spread, ratio, spread
 from sdxl_cli.checkpoint.header import format_bytes
+from sdxl_cli.generation.device import DTYPES
+from sdxl_cli.model.config import CONFIGS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
@@ -226,6 +231,30 @@ def said(value: Spread) -> str:
     return (
         f"{value.median:.2f}x, {interval}" if not value.low <= 1 <= value.high else f"none seen, {interval}"
     )
+
+
+def flags(about: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """What every comparison can be told; ``about`` is the script's docstring."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("tiny", "base"), default="tiny")
+    parser.add_argument(
+        "--weights", type=Path, help="folder of the random weights; made where they are missing"
+    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--write", action="store_true", help="add the tables to RESULTS.md")
+    return parser
+
+
+def weights_of(args: argparse.Namespace) -> Path:
+    """The folder of the random weights that :func:`flags` name, with what was missing. A GPU draws other numbers."""
+    kind = args.device.partition(":")[0]
+    name = f"{args.model}-{args.dtype}" + ("" if kind == "cpu" else f"-{kind}")
+    folder = args.weights or Path.home() / ".cache" / "sdxl" / "benchmarks" / name
+    write_folder(folder, CONFIGS[args.model], DTYPES[args.dtype], args.device)
+    return Path(folder)
 
 
 def heading(machine: dict[str, Any], title: str) -> list[str]:

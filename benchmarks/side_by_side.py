@@ -15,18 +15,17 @@ Peak GiB is the most that was resident, own GiB of it without the file's pages, 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
-from harness import OURS, compare, heading, publish, table
+from harness import OURS, compare, flags, heading, publish, table, weights_of
 from job import Job, Kind
-from random_folder import PARTS, write_folder
+from random_folder import PARTS
+from rows import missing
 
 from sdxl_cli.generation.device import DTYPES
 from sdxl_cli.generation.sizes import parse_size
-from sdxl_cli.model.config import CONFIGS
 
 JOBS: tuple[Kind, ...] = ("unet", "decode", "encode", "text", "image")
 NEEDS: dict[Kind, tuple[str, ...]] = {
@@ -38,23 +37,13 @@ LARGEST_IN_DOUBLE = 1 << 31
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=("tiny", "base"), default="tiny")
-    parser.add_argument(
-        "--weights", type=Path, help="folder of the random weights; made where they are missing"
-    )
+    parser = flags(__doc__, rounds=6)
     parser.add_argument("--jobs", default="unet,decode,encode,text,image", help=f"of {', '.join(JOBS)}")
     parser.add_argument("--peers", default="default,best", help="of default, best, tiling, compiled")
     parser.add_argument("--ours", default="", help="variants of ours beside it: no-winograd")
     parser.add_argument("--size", default="", help="WxH; 128x128 for tiny, 1024x1024 for base")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2, help="of a whole picture")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--negative", action="store_true", help="with features for the negative prompt")
     parser.add_argument("--reference", choices=("auto", "none", "fp64", "fp32"), default="auto")
     parser.add_argument(
@@ -64,7 +53,6 @@ def arguments() -> argparse.Namespace:
         "--alone", action="store_true", help="one process at a time, loaded anew for each round"
     )
     parser.add_argument("--title", default="")
-    parser.add_argument("--write", action="store_true", help="add the tables to RESULTS.md")
     return parser.parse_args()
 
 
@@ -73,12 +61,13 @@ def main() -> None:
     jobs = args.jobs.split(",")
     if wrong := set(jobs) - set(JOBS):
         sys.exit(f"--jobs {', '.join(wrong)}: there are {', '.join(JOBS)}")
-    config = CONFIGS[args.model]
-    folder = args.weights or Path.home() / ".cache" / "sdxl" / "benchmarks" / f"{args.model}-{args.dtype}"
-    write_folder(folder, config, DTYPES[args.dtype])
+    folder = weights_of(args)
     height, width = parse_size(args.size or ("128x128" if args.model == "tiny" else "1024x1024"), "--size")
     names = [OURS, *(f"{OURS}-{v}" for v in args.ours.split(",") if v)]
-    names += [f"diffusers-{peer}" for peer in args.peers.split(",")]
+    if gone := missing("diffusers"):
+        print(f"{gone}: no rows of it, and nothing is compared with it", flush=True)
+        args.peers, args.reference = "", "none"
+    names += [f"diffusers-{peer}" for peer in args.peers.split(",") if peer]
     lines: list[str] = []
     for kind in jobs:
         job = Job(

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import torch
 from child import Answer, Child, serve
+from rows import missing
 from train_sides import Data, Place, Way, build
 
 from sdxl_cli.bench.timing import ratio, timed
@@ -55,6 +56,8 @@ def serve_side(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
+    if gone := missing("diffusers"):
+        sys.exit(f"{gone}, and this is a comparison with it; gpu_training.py also runs without")
     options = ["--threads", str(args.threads), "--memory", args.memory]
     options += ["--size", str(args.size), "--batch", str(args.batch)]
     ready = {"OMP_NUM_THREADS": str(args.threads)}
