@@ -91,7 +91,10 @@ class Bench:
 
     def names(self, row: Row) -> list[str]:
         """Who takes part in a row; says who cannot."""
-        peers = [peer for peer in self.args.peers.split(",") if peer and (peer == "compiled") == row.compiled]
+        asked = [peer for peer in self.args.peers.split(",") if peer]
+        peers = [peer for peer in asked if (peer == "compiled") == row.compiled]
+        if not peers and (asked or row.compiled):  # rows of others are asked for
+            return []
         if gone := peers and missing("diffusers"):
             self.rows.leave_out(f"{self.name(row)}, diffusers", gone)
             peers = []
@@ -118,9 +121,12 @@ class Bench:
         """Seconds that a row of many pictures takes at least, reckoned from those of one."""
         if not row.many:
             return 0.0
-        keeps = FOR_COMPILING if "compiled" in self.args.peers else 0.0
-        steps = self.args.steps if row.kind == "image" else (0,)
-        return keeps + self.args.many * sum(self.medians.get((row.kind, number), 0.0) for number in steps[:1])
+        first = self.args.steps[0] if row.kind == "image" else 0
+        return self._keeps(row) + self.args.many * self.medians.get((row.kind, first), 0.0)
+
+    def _keeps(self, row: Row) -> float:
+        """Seconds that rows of many pictures leave."""
+        return FOR_COMPILING if row.many and "compiled" in self.args.peers else 0.0
 
     def _row(self, row: Row, names: list[str], scratch: Path) -> None:
         job = replace(self.job, kind=row.kind, batch=self.args.many if row.many else 1)
@@ -148,11 +154,10 @@ class Bench:
     def _time_for(self, row: Row, steps: int) -> bool:
         """Whether a round of so many steps fits in, by what one of fewer took."""
         known = self.args.steps[0]
-        needed = (
-            self.medians.get((row.kind, known), 0.0) * (self.args.many if row.many else 1) * steps / known
-        )
+        batch = self.args.many if row.many else 1
+        needed = self.medians.get((row.kind, known), 0.0) * batch * steps / known
         name = f"{self.name(row)}, {steps} steps"
-        return self.rows.allows(name, name, needed)
+        return self.rows.allows(name, name, self._keeps(row) + needed)
 
     def _judged(self, job: Job, names: Sequence[str], scratch: Path) -> str:
         """Diffusers in a finer precision, or ours without it, does the job once; what its result is called."""

@@ -179,6 +179,17 @@ def test_what_there_is_no_time_for_is_left_out(tmp_path: Path, fake: type[Fake])
     }
 
 
+def test_compiling_can_have_all_the_time(tmp_path: Path, fake: type[Fake]) -> None:
+    import gpu_generation
+
+    one = bench(tmp_path, 60, peers="compiled")
+    one.run(gpu_generation.ROWS)
+    assert {row["row"] for row in one.rows.rows} == {"image, batch 1, compiled"}
+    ours = bench(tmp_path, 60, peers="")
+    ours.run(gpu_generation.ROWS)
+    assert {row["side"] for row in ours.rows.rows} == {"sdxl", "sdxl-med"}
+
+
 def test_a_side_that_fails_takes_no_other_with_it(
     tmp_path: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
