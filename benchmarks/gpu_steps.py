@@ -48,6 +48,7 @@ SMALL = replace(
 )
 """For trying out the script."""
 ROUNDS = 5
+TIMESTEP = 500
 
 
 class Bench:
@@ -125,7 +126,7 @@ def inputs(bench: Bench, config: UNetConfig) -> tuple[Tensor, Tensor, Tensor, Te
     pooled = torch.randn(2 * batch, config.adm_in_channels - 6 * bench.config.scalar_dim)
     sizes = sinusoidal(torch.full((12 * batch,), float(bench.args.size)), bench.config.scalar_dim)
     vectors = torch.cat([pooled, sizes.view(2 * batch, -1)], dim=1)
-    return torch.randn(batch, 4, side, side), torch.full((2 * batch,), 500), texts, vectors
+    return torch.randn(batch, 4, side, side), torch.full((2 * batch,), TIMESTEP), texts, vectors
 
 
 def steps(bench: Bench) -> None:
@@ -134,24 +135,25 @@ def steps(bench: Bench) -> None:
         unet = UNet(config).eval().requires_grad_(False)
     x, t, texts, vectors = inputs(bench, config)
     moved = [value.to(bench.device) for value in (x, t, texts, vectors)]
-    exact = unet.step(moved[0], moved[1], unet.prepare(*moved[2:])).cpu()
+    exact = unet(torch.cat([moved[0], moved[0]]), *moved[1:]).cpu()
     unet = unet.to(bench.dtype)
     x, texts, vectors = (moved[place].to(bench.dtype) for place in (0, 2, 3))
     t = moved[1]
     prepared = unet.prepare(texts, vectors)
+    shifts = unet.shifts(t[None], prepared)[0]
     with counted(bench, "step", "ours, eager"):
-        unet.step(x, t, prepared)
-    ways: dict[str, Callable[[], Tensor]] = {"ours, eager": lambda: unet.step(x, t, prepared)}
+        unet.step(x, shifts, prepared)
+    ways: dict[str, Callable[[], Tensor]] = {"ours, eager": lambda: unet.step(x, shifts, prepared)}
     if bench.device.type == "cuda":
         recorded = Remembering(unet, RecordedSteps(unet))
-        ways["ours, recorded"] = lambda: recorded(x, t, texts, vectors)
+        ways["ours, recorded"] = lambda: recorded(x, TIMESTEP, texts, vectors)
     ways |= peers(bench, unet, (x, t, texts, vectors))
     if bench.args.compile:
         compiled = UNet(config).eval().requires_grad_(False).to(bench.device, bench.dtype)
         compiled.load_state_dict(unet.state_dict())
         compiled.compile_blocks()
         told = compiled.prepare(texts, vectors)
-        ways["ours, compiled"] = lambda: compiled.step(x, t, told)
+        ways["ours, compiled"] = lambda: compiled.step(x, shifts, told)
     bench.compare("step", ways, exact, times=3)
 
 

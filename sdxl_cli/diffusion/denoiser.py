@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from sdxl_cli.diffusion.formulation import Prediction
 from sdxl_cli.diffusion.schedule import NoiseSchedule
 
-Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(scaled latents [B, C, h, w], indices [k·B], crossattn [k·B, T, ctx], vector [k·B, adm]) -> [k·B, C, h, w].
+Network = Callable[[Tensor, int, Tensor, Tensor], Tensor]
+"""(scaled latents [B, C, h, w], index 0 … 999, crossattn [k·B, T, ctx], vector [k·B, adm]) -> [k·B, C, h, w].
 
 With k = 2, both sides of guidance read the same latents: all of them under the first conditions, then under the next.
 """
@@ -66,9 +65,8 @@ class Denoiser:
     def predict(self, x: Tensor, sigma: float, crossattn: Tensor, vector: Tensor) -> Tensor:
         """What the network says, fp32 [k·B, C, h, w]; arguments as above, or conditions of k·B rows."""
         index = self.schedule.index_of(sigma)
-        indices = torch.full((len(vector),), index, dtype=torch.long, device=x.device)
         scaled = (x * input_scale(self.schedule.sigmas[index])).to(crossattn.dtype)
-        return self.network(scaled, indices, crossattn, vector).to(x.dtype)
+        return self.network(scaled, index, crossattn, vector).to(x.dtype)
 
     def denoised(self, output: Tensor, x: Tensor, sigma: float) -> Tensor:
         """The clean latents [B, C, h, w] that an output at ``x`` stands for."""

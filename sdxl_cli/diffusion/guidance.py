@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -90,19 +91,42 @@ class Guided:
             x: noisy latents [B, C, h, w].
             sigma: noise level.
         """
-        vector, vectors = self.vector, self._vectors
-        if self.emphasis is not None and sigma > self.emphasis.above:
-            assert self._early_vectors is not None
-            vector, vectors = self.emphasis.vector, self._early_vectors
-        scale = self.guidance.scale_at(sigma)
+        scale, conditions = self.guidance.scale_at(sigma), self._conditions(sigma)
         if scale == 1.0:
-            return self.denoiser(x, sigma, self.crossattn[1], vector[1])
-        both = self.denoiser.predict(x, sigma, self._texts, vectors)
+            return self.denoiser(x, sigma, *conditions)
+        both = self.denoiser.predict(x, sigma, *conditions)
         negative, positive = both.chunk(2)
         output = negative + scale * (positive - negative)
         if self.guidance.rescale:
             output = rescaled(output, positive, self.guidance.rescale)
         return self.denoiser.denoised(output, x, sigma)
+
+    def needs(self, sigmas: Iterable[float]) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """What the network will be given at these noise levels.
+
+        Args:
+            sigmas: the levels at which the sampler will look.
+
+        Yields:
+            Text features and vectors, the very same tensors as later, and the indices with which they come.
+        """
+        found: dict[tuple[int, int], tuple[Tensor, Tensor, list[int]]] = {}
+        for sigma in sigmas:
+            text, vector = self._conditions(sigma)
+            _, _, indices = found.setdefault((id(text), id(vector)), (text, vector, []))
+            if (index := self.denoiser.schedule.index_of(sigma)) not in indices:
+                indices.append(index)
+        yield from found.values()
+
+    def _conditions(self, sigma: float) -> Pair:
+        """Text features and vectors at a noise level: of both sides, or of the positive one where it is alone."""
+        vector, vectors = self.vector, self._vectors
+        if self.emphasis is not None and sigma > self.emphasis.above:
+            assert self._early_vectors is not None
+            vector, vectors = self.emphasis.vector, self._early_vectors
+        if self.guidance.scale_at(sigma) == 1.0:
+            return self.crossattn[1], vector[1]
+        return self._texts, vectors
 
 
 def rescaled(output: Tensor, positive: Tensor, phi: float) -> Tensor:

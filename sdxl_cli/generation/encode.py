@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,11 +66,13 @@ def guided(
     sigmas: Tensor,
     batch: int,
     seen: Tensor | None = None,
+    levels: Sequence[float] = (),
 ) -> Guided:
     """The guided denoiser of ``batch`` pictures: the U-Net with both prompts and all micro-conditions.
 
     ``sigmas`` [n + 1] are the noise levels of the whole run, which a schedule of the guidance goes along;
-    ``seen`` [batch, 5, h, w] is what an inpainting U-Net reads beside the latents.
+    ``seen`` [batch, 5, h, w] is what an inpainting U-Net reads beside the latents. What the network can know before
+    it looks at one of ``levels`` is computed here; of others when it does.
     """
     schedule = weights.formulation.schedule()
     sides = micro_conditions(framing, request)
@@ -78,8 +81,9 @@ def guided(
         early = parse_emphasis(request.adm_scale)
         scaled = (_scaled(sides[0], early.positive), _scaled(sides[1], early.negative))
         emphasis = Emphasis(_vectors(weights, prompts, scaled, batch), early.above(schedule))
-    return Guided(
-        denoiser=Denoiser(_network(weights, seen), schedule, weights.formulation.prediction),
+    unet = Remembering(weights.unet(), weights.recorded)
+    found = Guided(
+        denoiser=Denoiser(_network(unet, weights, seen), schedule, weights.formulation.prediction),
         crossattn=(
             _repeat(prompts.negative.crossattn, batch),
             _repeat(prompts.positive.crossattn, batch),
@@ -88,6 +92,9 @@ def guided(
         guidance=settle(request, schedule, sigmas),
         emphasis=emphasis,
     )
+    for crossattn, vector, indices in found.needs(levels):
+        unet.expect(crossattn, vector, indices)
+    return found
 
 
 def _vectors(
@@ -107,15 +114,14 @@ def _scaled(micro: MicroConditioning, factor: float) -> MicroConditioning:
     return replace(micro, original_size=(int(height * factor), int(width * factor)))
 
 
-def _network(weights: Weights, seen: Tensor | None) -> Network:
+def _network(unet: Remembering, weights: Weights, seen: Tensor | None) -> Network:
     """The U-Net as the denoiser calls it: with latents alone."""
-    unet = Remembering(weights.unet(), weights.recorded)
     if seen is None or weights.config.unet.in_channels == weights.config.vae.z_channels:
         return unet
     beside = seen
 
-    def inpainting(x: Tensor, indices: Tensor, crossattn: Tensor, vector: Tensor) -> Tensor:
-        return unet(torch.cat([x, beside.to(x)], dim=1), indices, crossattn, vector)
+    def inpainting(x: Tensor, index: int, crossattn: Tensor, vector: Tensor) -> Tensor:
+        return unet(torch.cat([x, beside.to(x)], dim=1), index, crossattn, vector)
 
     return inpainting
 

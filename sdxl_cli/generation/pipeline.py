@@ -234,7 +234,14 @@ class Run:
         watch = FiniteWatch(weights.dtype, "--dtype")
         with stage(report, "unet"):
             self._expert = guided(
-                weights, prompts, plan.framing, plan.request, plan.sigmas, len(self.seeds), self.start.seen
+                weights,
+                prompts,
+                plan.framing,
+                plan.request,
+                plan.sigmas,
+                len(self.seeds),
+                self.start.seen,
+                levels=plan.sampler.levels(plan.sigmas),
             )
             # an inpainting U-Net sees what is not repainted beside its latents
             plain = weights.config.unet.in_channels == PLAIN

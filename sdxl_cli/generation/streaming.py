@@ -41,7 +41,8 @@ def stream(unet: UNet, device: torch.device, dtype: torch.dtype, *, joined: bool
 def units(unet: UNet) -> dict[nn.Module, list[nn.Parameter]]:
     """What comes and goes together.
 
-    The layers that read the text go by themselves: they are called before all steps, outside of their block.
+    The layers that read text, timestep and sizes go by themselves: they are called before all steps, outside of
+    their block.
     """
     found: dict[nn.Module, list[nn.Parameter]] = {}
     for block in unet.modules():
@@ -50,6 +51,8 @@ def units(unet: UNet) -> dict[nn.Module, list[nn.Parameter]]:
         readers: list[nn.Module] = []
         if isinstance(block, TransformerBlock):
             readers = [block.attn2.to_k, block.attn2.to_v]
+        if isinstance(block, ResBlock):
+            readers = [block.emb_layers[1]]
         found |= {reader: list(reader.parameters()) for reader in readers}
         elsewhere = {id(parameter) for reader in readers for parameter in reader.parameters()}
         found[block] = [p for p in block.parameters() if id(p) not in elsewhere]

@@ -12,6 +12,7 @@ from sdxl_kernels.convolution import downsample_conv, upsample_conv
 from sdxl_kernels.feedforward import gated, geglu
 from sdxl_kernels.normalization import group_norm, group_norm_silu
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from sdxl_cli.model.attention import Attention, KeysValues
 from sdxl_cli.model.config import UNetConfig
@@ -22,6 +23,14 @@ RES_EPS = 1e-5
 TRANSFORMER_EPS = (
     1e-6  # the transformer's entry norm differs from the residual blocks' (sgm attention.py Normalize)
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """What the embedding adds in a residual block, computed beforehand; for inference."""
+
+    values: Tensor
+    """[k·B, D]."""
 
 
 class ResBlock(nn.Module):
@@ -46,23 +55,24 @@ class ResBlock(nn.Module):
         same = in_channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[B, C, H, W] and the activated embedding [k·B, E] -> [k·B, D, H, W].
+    def forward(self, x: Tensor, emb: Tensor | Shift) -> Tensor:
+        """[B, C, H, W] and the activated embedding [k·B, E], or what it adds -> [k·B, D, H, W].
 
         Up to where the embedding comes in, what k rows have in common is computed once.
         """
+        shift = emb.values if isinstance(emb, Shift) else self.emb_layers[1](emb)
         if self.fast and not torch.is_grad_enabled():
-            return self._channels_last(x, emb)
+            return self._channels_last(x, shift)
         hidden = self.in_layers[2](_norm_silu(self.in_layers[0], x))
-        hidden = _rows(hidden, len(emb)) + self.emb_layers[1](emb)[:, :, None, None]
+        hidden = _rows(hidden, len(shift)) + shift[:, :, None, None]
         hidden = self.out_layers[3](_norm_silu(self.out_layers[0], hidden))
-        return _rows(self.skip_connection(x), len(emb)) + hidden
+        return _rows(self.skip_connection(x), len(shift)) + hidden
 
-    def _channels_last(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _channels_last(self, x: Tensor, shift: Tensor) -> Tensor:
         hidden = _fast_conv(self.in_layers, x)
-        hidden = _rows(hidden, len(emb)).add_(self.emb_layers[1](emb)[:, None, None, :])
+        hidden = _rows(hidden, len(shift)).add_(shift[:, None, None, :])
         hidden = _fast_conv(self.out_layers, rearrange(hidden, "b h w c -> b c h w"))
-        return rearrange(hidden, "b h w c -> b c h w").add_(_rows(self.skip_connection(x), len(emb)))
+        return rearrange(hidden, "b h w c -> b c h w").add_(_rows(self.skip_connection(x), len(shift)))
 
 
 class GEGLU(nn.Module):
@@ -103,6 +113,8 @@ class Prepared:
 
 Context = Tensor | Prepared
 """Text features [B, S, ctx], or what was made of them."""
+Embedding = Tensor | Mapping[nn.Module, Shift]
+"""The activated embedding of timestep and label [B, E], or what it adds in each residual block."""
 
 
 class TransformerBlock(nn.Module):
@@ -227,7 +239,9 @@ class UNet(nn.Module):
         Returns:
             The prediction [B, out, h, w].
         """
-        return self._evaluate(x, timesteps, context, self.label_emb(y))
+        features = sinusoidal(timesteps, self.config.model_channels).to(x.dtype)
+        # every residual block activates the embedding first: once is enough
+        return self._evaluate(x, silu(self.time_embed(features) + self.label_emb(y)), context)
 
     def prepare(self, context: Tensor, y: Tensor) -> Prepared:
         """Compute what is the same at every step, once.
@@ -242,19 +256,36 @@ class UNet(nn.Module):
         blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
         return Prepared(self.label_emb(y), {block: block.attn2.read(context[bare:]) for block in blocks})
 
-    def step(self, x: Tensor, timesteps: Tensor, prepared: Prepared) -> Tensor:
+    def shifts(self, timesteps: Tensor, prepared: Prepared) -> Tensor:
+        """Compute what does not depend on the latents, of many steps at once.
+
+        Args:
+            timesteps: integer noise levels [n, 1], or of every row its own [n, B].
+            prepared: of B rows.
+
+        Returns:
+            [n, B, sum of the residual blocks' channels]: what each step adds in each block, in their order.
+        """
+        label = prepared.label
+        features = sinusoidal(timesteps.flatten(), self.config.model_channels).to(label.dtype)
+        emb = silu(self.time_embed(features).unflatten(0, timesteps.shape) + label)
+        return torch.cat([block.emb_layers[1](emb) for block in self._residual_blocks()], dim=-1)
+
+    def step(self, x: Tensor, shifts: Tensor, prepared: Prepared) -> Tensor:
         """One evaluation, as :meth:`forward`, with what was prepared for k·B rows; inference only.
 
         Args:
             x: [B, in, h, w]. With k = 2, both sides of guidance read the same latents, and what comes before the
                 first condition is computed once.
-            timesteps: [k·B].
+            shifts: the timestep's of :meth:`shifts`, of k·B rows.
             prepared: of k·B rows: the B latents under the first conditions, then under the next.
 
         Returns:
             [k·B, out, h, w].
         """
-        return self._evaluate(x, timesteps, prepared, prepared.label)
+        blocks = self._residual_blocks()
+        parts = shifts.split([block.out_layers[3].out_channels for block in blocks], dim=-1)  # type: ignore[no-untyped-call]
+        return self._evaluate(x, dict(zip(blocks, map(Shift, parts), strict=True)), prepared)
 
     def compute_fast(self, fast: bool = True) -> None:
         """Let convolutions be computed with fewer multiplications, channels last in memory; for inference on a CPU."""
@@ -285,12 +316,13 @@ class UNet(nn.Module):
             if isinstance(module, ResBlock | Attention | FeedForward):
                 module.compile(backend=backend)
 
-    def _evaluate(self, x: Tensor, timesteps: Tensor, context: Context, label: Tensor) -> Tensor:
+    def _residual_blocks(self) -> list[ResBlock]:
+        groups = (*self.input_blocks, self.middle_block, *self.output_blocks)
+        return [layer for group in groups for layer in group.children() if isinstance(layer, ResBlock)]
+
+    def _evaluate(self, x: Tensor, emb: Embedding, context: Context) -> Tensor:
         if (self.fast or self.channels_last) and not torch.is_grad_enabled():
             x = x.contiguous(memory_format=torch.channels_last)  # tokens are then the same memory as pixels
-        features = sinusoidal(timesteps, self.config.model_channels).to(x.dtype)
-        # every residual block activates the embedding first: once is enough
-        emb = nn.functional.silu(self.time_embed(features) + label)
         skips = []
         for block in self.input_blocks:
             x = _run(block, x, emb, context)
@@ -352,13 +384,13 @@ def _keep_variance(weight: Tensor, gain: float) -> None:
 
 
 def _run(
-    block: nn.Module, x: Tensor, emb: Tensor, context: Context, size: tuple[int, int] | None = None
+    block: nn.Module, x: Tensor, emb: Embedding, context: Context, size: tuple[int, int] | None = None
 ) -> Tensor:
     """``size`` is what the next skip connection has, which an upsampling layer has to meet."""
     for layer in block.children():
         match layer:
             case ResBlock():
-                x = layer(x, emb)
+                x = layer(x, emb if isinstance(emb, Tensor) else emb[layer])
             case SpatialTransformer():
                 x = layer(x, context)
             case Upsample():

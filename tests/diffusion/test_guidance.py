@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ class Counting:
         self.batches: list[int] = []
         self.vectors: list[Tensor] = []
 
-    def __call__(self, x: Tensor, timesteps: Tensor, crossattn: Tensor, vector: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, index: int, crossattn: Tensor, vector: Tensor) -> Tensor:
         self.batches.append(len(vector))
         self.vectors.append(vector)
         x = x.repeat(len(vector) // len(x), 1, 1, 1)
@@ -86,3 +87,20 @@ def test_the_emphasis_is_used_above_its_noise_level_only() -> None:
         guide(x, sigma)
     assert torch.equal(network.vectors[0], torch.cat(other))
     assert torch.equal(network.vectors[1], torch.cat(plain.vector))
+
+
+def test_what_the_network_will_be_given_is_what_it_is_given() -> None:
+    """The very same tensors, each with the timesteps at which it comes, and each timestep once."""
+    network, x = Counting(), torch.randn(2, 4, 5, 5)
+    made = guided(network, Guidance(5.0, interval=(0.28, 5.42)))
+    early = (torch.randn(2, 5), torch.randn(2, 5))
+    made = replace(made, emphasis=Emphasis(early, above=2.0))
+    levels = [14.0, 5.0, 3.0, 3.0001, 1.0, 0.5, 0.1]
+    expected: dict[int, set[int]] = {}
+    for level in levels:
+        made(x, level)
+        expected.setdefault(id(network.vectors[-1]), set()).add(SCHEDULE.index_of(level))
+    needs = list(made.needs(levels))
+    assert {id(vector): set(indices) for _, vector, indices in needs} == expected
+    assert all(len(indices) == len(set(indices)) for _, _, indices in needs)
+    assert [len(vector) for _, vector, _ in needs] == [2, 4, 4, 2]

@@ -291,3 +291,22 @@ def test_the_input_is_left_as_it_was(name: str) -> None:
     kept = [step.clone() for step in path]
     assert all(torch.equal(a, b) for a, b in zip(path, kept, strict=True))
     assert len({step.data_ptr() for step in path}) == len(path)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("scheduler", ["sgm", "karras"])
+def test_where_a_sampler_will_look_is_known_beforehand(name: str, scheduler: str) -> None:
+    """To the last bit, whatever the pictures are."""
+    sampler = SAMPLERS[name]
+    if hasattr(sampler, "s_churn"):
+        sampler = replace(sampler, s_churn=2.0)
+    sigmas = GRIDS[scheduler](NoiseSchedule(), 7)
+    looked = []
+
+    def denoise(x: Tensor, sigma: float) -> Tensor:
+        looked.append(sigma)
+        return bent(x, sigma)
+
+    list(sampler.steps(denoise, torch.randn(2, 4, 3, 3), sigmas, NoiseStreams([1, 2])))
+    assert sampler.levels(sigmas) == looked
+    assert len(looked) >= 7

@@ -17,6 +17,7 @@ from sdxl_cli.diffusion.guidance import Guidance, Guided
 from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.diffusion.samplers import SAMPLERS
 from sdxl_cli.diffusion.schedule import NoiseSchedule
+from sdxl_cli.generation.remember import Remembering
 from sdxl_cli.model.conditioning import MicroConditioning, conditioning_vector
 from sdxl_cli.model.unet import UNet
 from sdxl_cli.model.vae import Autoencoder
@@ -48,7 +49,7 @@ class World:
         micro = [MICRO] * len(self.noise)
         vectors = tuple(conditioning_vector(SMALL, pooled, micro) for pooled in self.pooled)
         return Guided(
-            Denoiser(self.ours, SCHEDULE, prediction),
+            Denoiser(Remembering(self.ours), SCHEDULE, prediction),
             self.crossattn,
             (vectors[0], vectors[1]),
             Guidance(SCALE),

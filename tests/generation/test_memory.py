@@ -121,7 +121,8 @@ def test_streamed_blocks_come_and_go(models: dict[str, Path], monkeypatch: pytes
     x, y = torch.randn(1, 4, 8, 8), torch.randn(1, files.config.unet.adm_in_channels)
     context, t = torch.randn(1, 7, files.config.unet.context_dim), torch.tensor([500])
     prepared = [network.prepare(context, y) for network in (unet, expected)]
-    assert torch.equal(unet.step(x, t, prepared[0]), expected.step(x, t, prepared[1]))
+    shifts = [n.shifts(t[None], p)[0] for n, p in zip((unet, expected), prepared, strict=True)]
+    assert torch.equal(unet.step(x, shifts[0], prepared[0]), expected.step(x, shifts[1], prepared[1]))
     assert max(held) == streamed_bytes(files.config.unet, FP32)
     assert {p.dtype for parameters in units(unet).values() for p in parameters} == {torch.float16}
     sizes = {"size": (64, 64), "batch": 2, "tokens": 77, "decodes": False}

@@ -57,13 +57,17 @@ def conditions(rows: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 7, BASE.unet.context_dim), torch.randn(rows, BASE.unet.adm_in_channels)
 
 
+def at(unet: UNet, index: int, prepared: Prepared) -> Tensor:
+    return unet.shifts(torch.full((1, 2), index), prepared)[0]
+
+
 def test_a_replayed_step_is_the_step(unet: UNet) -> None:
     tape = Tape()
     plain, recorded = Remembering(unet), Remembering(unet, RecordedSteps(unet, tape))
     prompts = [conditions(), conditions()]
     for text, vector in (*prompts, *reversed(prompts)):
         for index in (999, 500, 3):
-            x, t = torch.randn(1, 4, 8, 8), torch.full((2,), index)
+            x, t = torch.randn(1, 4, 8, 8), index
             assert torch.equal(recorded(x, t, text, vector), plain(x, t, text, vector))
     assert tape.recordings == 1, "another prompt and another time are no other shape"
 
@@ -77,7 +81,7 @@ def test_shapes_and_texts_of_zeros_have_recordings_of_their_own(unet: UNet) -> N
     for _ in range(2):
         for size in ((8, 8), (6, 10)):
             for features in (text, bare):
-                x, t = torch.randn(1, 4, *size), torch.full((2,), 7)
+                x, t = torch.randn(1, 4, *size), 7
                 assert torch.equal(recorded(x, t, features, vector), plain(x, t, features, vector))
     assert tape.recordings == 4
 
@@ -86,7 +90,7 @@ def test_what_is_counted_is_computed_once_and_not_recorded(unet: UNet) -> None:
     tape = Tape()
     plain, recorded = Remembering(unet), Remembering(unet, RecordedSteps(unet, tape))
     text, vector = conditions()
-    x, t = torch.randn(1, 4, 8, 8), torch.full((2,), 7)
+    x, t = torch.randn(1, 4, 8, 8), 7
     once = count(lambda: plain(x, t, text, vector))
     with unrecorded():
         assert count(lambda: recorded(x, t, text, vector)).flops == once.flops
@@ -186,11 +190,11 @@ def test_the_autoencoder_has_channels_last_once(
 def test_fast_convolutions_change_nothing_but_rounding(unet: UNet, size: tuple[int, int]) -> None:
     text, vector = conditions()
     prepared: Prepared = unet.prepare(text, vector)
-    x, t = torch.randn(1, 4, *size), torch.tensor([700, 700])
-    expected = unet.step(x, t, prepared)
+    x, shifts = torch.randn(1, 4, *size), at(unet, 700, prepared)
+    expected = unet.step(x, shifts, prepared)
     try:
         unet.compute_fast()
-        made = unet.step(x, t, prepared)
+        made = unet.step(x, shifts, prepared)
     finally:
         unet.compute_fast(False)
     assert made.is_contiguous()
@@ -207,9 +211,9 @@ def test_compiled_blocks_change_nothing_but_rounding(unet: UNet) -> None:
     compiled = copy.deepcopy(unet)
     compiled.compile_blocks(backend="eager")
     text, vector = conditions()
-    x, t = torch.randn(1, 4, 8, 8), torch.tensor([700, 700])
-    made = compiled.step(x, t, compiled.prepare(text, vector))
-    assert relative(made, unet.step(x, t, unet.prepare(text, vector))) < 1e-5
+    x, prepared = torch.randn(1, 4, 8, 8), [network.prepare(text, vector) for network in (compiled, unet)]
+    made = compiled.step(x, at(compiled, 700, prepared[0]), prepared[0])
+    assert relative(made, unet.step(x, at(unet, 700, prepared[1]), prepared[1])) < 1e-5
     kinds = torch._dynamo.utils.counters
     assert kinds["stats"]["unique_graphs"] > 0
     assert not kinds["graph_break"]
@@ -233,5 +237,5 @@ def test_no_kind_of_block_of_the_released_structure_goes_back_to_uncompiled(
     unet.requires_grad_(False).compile_blocks(backend="eager")
     prepared = unet.prepare(torch.randn(2, 7, 32), torch.randn(2, 32))
     for size in ((8, 8), (12, 16)):
-        unet.step(torch.randn(1, 4, *size), torch.tensor([700, 700]), prepared)
+        unet.step(torch.randn(1, 4, *size), at(unet, 700, prepared), prepared)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 16

@@ -18,6 +18,7 @@ from sdxl_cli.generation.emphasis import a1111, comfy
 from sdxl_cli.generation.encode import encode_prompts
 from sdxl_cli.generation.prompt import Tokenizer
 from sdxl_cli.generation.reading import Reader
+from sdxl_cli.generation.remember import Remembering
 from sdxl_cli.generation.request import GenerateRequest, require_prompts_fit, token_counts
 from sdxl_cli.generation.text_features import encode_text, of_one_length, require_readable
 from sdxl_cli.generation.weights import FileWeights
@@ -234,7 +235,7 @@ def test_the_length_of_one_side_does_not_change_the_other(peers: Peers, positive
     ]
     same = of_one_length(texts[0], texts[1])
     assert same[0].crossattn.shape == same[1].crossattn.shape
-    denoise = Denoiser(peers.weights.unet(), NoiseSchedule(), "eps")
+    denoise = Denoiser(Remembering(peers.weights.unet()), NoiseSchedule(), "eps")
     x, vector = torch.randn(1, 4, 8, 8), torch.randn(1, peers.weights.config.unet.adm_in_channels)
     for short, long in zip(texts, same, strict=True):
         assert torch.equal(short.pooled, long.pooled)

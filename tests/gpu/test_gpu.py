@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -24,9 +24,17 @@ from sdxl_cli.diffusion.guidance import Guidance, Guided
 from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.diffusion.samplers import SAMPLERS
 from sdxl_cli.diffusion.schedule import NoiseSchedule
+from sdxl_cli.generation.encode import Prompts
+from sdxl_cli.generation.pipeline import started
+from sdxl_cli.generation.plan import plan_generation
 from sdxl_cli.generation.remember import RecordedSteps, Remembering
+from sdxl_cli.generation.request import GenerateRequest
+from sdxl_cli.generation.start import Source
+from sdxl_cli.generation.weights import LoadedWeights
 from sdxl_cli.model import config as sizes
+from sdxl_cli.model.conditioning import TextFeatures
 from sdxl_cli.model.config import ModelConfig
+from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.text import ClipLEmbedder, OpenClipEmbedder
 from sdxl_cli.model.unet import UNet
 from sdxl_cli.model.vae import Autoencoder
@@ -164,7 +172,7 @@ def guided(unet: UNet, dtype: torch.dtype, device: torch.device, batch: int = 2)
     torch.manual_seed(1)
     text = [torch.randn(batch, 77, BASE.unet.context_dim).to(device, dtype) for _ in range(2)]
     vectors = [torch.randn(batch, BASE.unet.adm_in_channels).to(device, dtype) for _ in range(2)]
-    denoiser = Denoiser(unet.to(device, dtype), NoiseSchedule())
+    denoiser = Denoiser(Remembering(unet.to(device, dtype)), NoiseSchedule())
     return Guided(denoiser, (text[0], text[1]), (vectors[0], vectors[1]), Guidance(5.0))
 
 
@@ -197,6 +205,50 @@ def test_the_denoising_loop_never_waits_for_the_device(sampler: str) -> None:
     with no_waiting():
         path = list(SAMPLERS[sampler].steps(guide, x, sigmas, NoiseStreams([1, 2])))
     assert torch.isfinite(path[-1]).all()
+
+
+class Strict:
+    """A reporter in whose loops waiting is an error, once it is told so."""
+
+    def __init__(self) -> None:
+        self.strict = False
+
+    def note(self, text: str) -> None:
+        pass
+
+    warn = note
+
+    def progress(self, items: Iterable[Any], description: str, *, total: int | None = None) -> Iterator[Any]:
+        with no_waiting() if self.strict else nullcontext():
+            yield from items
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("recorded", [False, True], ids=["eager", "recorded"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_step_of_a_whole_run_waits_for_the_device(sampler: str, recorded: bool) -> None:
+    """With conditions that change on the way; the second run replays what the first one recorded."""
+    torch.manual_seed(0)
+    model = SDXL(BASE).eval().requires_grad_(False).to(DEVICE)
+    weights = LoadedWeights(model, "random")
+    if recorded:
+        weights.recorded = RecordedSteps(model.unet)
+    request = GenerateRequest(
+        prompt="x",
+        size="128x96",
+        seed=5,
+        steps=4,
+        sampler=sampler,
+        adm_scale="1.5:0.8:0.5",
+        cfg_interval="0.2:0.8",
+    )
+    plan, report = plan_generation(request, BASE), Strict()
+    text = [torch.randn(1, *shape, device=DEVICE) for shape in ((77, BASE.unet.context_dim), (40,))]
+    features = TextFeatures(text[0], text[1])
+    for report.strict in (False, True):
+        walk = started(plan, [5, 6], weights, Source(vae=BASE.vae))
+        walk.advance(weights, Prompts(features, features.zeros()), plan.steps, report)
+    assert torch.isfinite(walk.latents).all()
 
 
 def test_waiting_would_be_noticed() -> None:
@@ -277,9 +329,9 @@ def test_recorded_steps_are_the_steps() -> None:
     for _ in range(2):
         for size in ((16, 12), (8, 8)):
             for text, vector in prompts:
-                x, t = torch.randn(1, 4, *size, device=DEVICE), torch.full((2,), 500, device=DEVICE)
-                expected = plain(x, t, text, vector)
-                assert error(recorded(x, t, text, vector), expected.cpu()) < 1e-4
+                x = torch.randn(1, 4, *size, device=DEVICE)
+                expected = plain(x, 500, text, vector)
+                assert error(recorded(x, 500, text, vector), expected.cpu()) < 1e-4
 
 
 def fused_norm(dtype: torch.dtype) -> FusedNorm:

@@ -21,6 +21,7 @@ from sdxl_cli.checkpoint.layouts import (
     vae_to_diffusers,
 )
 from sdxl_cli.model.config import ModelConfig, TextTowerConfig, UNetConfig, VAEConfig
+from sdxl_cli.model.unet import Prepared, UNet
 
 CLIP_L = TextTowerConfig(width=48, layers=4, heads=3, activation="quick_gelu", embed_dim=48, vocab_size=120)
 BIG_G = TextTowerConfig(width=64, layers=4, heads=4, activation="gelu", embed_dim=40, vocab_size=120)
@@ -98,6 +99,11 @@ def randomize(network: nn.Module, *, stream: float = 2e-3, seed: int = 0) -> nn.
             if norm and name == "weight":
                 p.add_(1.0)
     return network.eval().requires_grad_(False)
+
+
+def stepped(unet: UNet, x: Tensor, timesteps: Tensor, prepared: Prepared) -> Tensor:
+    """A step at timesteps [k·B], with what they add made beforehand."""
+    return unet.step(x, unet.shifts(timesteps[None], prepared)[0], prepared)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

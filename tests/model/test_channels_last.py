@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from sdxl_cli.model.unet import UNet
 from sdxl_cli.model.vae import Autoencoder
-from tests.model.peers import BASE, REFINER, randomize
+from tests.model.peers import BASE, REFINER, randomize, stepped
 
 LAST = torch.channels_last
 
@@ -110,10 +110,10 @@ def test_the_unet(norm: Standing, config: Any, size: tuple[int, int]) -> None:
     randomize(unet)
     x, t = torch.randn(1, 4, *size), torch.tensor([700, 700])
     prepared = unet.prepare(*conditions(unet))
-    expected, norm.uses = unet.step(x, t, prepared), 0
+    expected, norm.uses = stepped(unet, x, t, prepared), 0
     unet.lay_channels_last()
     with watched(unet) as wrong:
-        made = unet.step(x, t, prepared)
+        made = stepped(unet, x, t, prepared)
     assert not wrong
     assert norm.uses == sum(isinstance(module, nn.GroupNorm) for module in unet.modules())
     assert made.is_contiguous()
@@ -128,7 +128,7 @@ def test_whatever_puts_channels_first_would_be_noticed(norm: Standing) -> None:
         lambda module, inputs, output: output.contiguous()
     )
     with watched(unet) as wrong:
-        unet.step(torch.randn(1, 4, 16, 24), torch.tensor([700, 700]), prepared)
+        stepped(unet, torch.randn(1, 4, 16, 24), torch.tensor([700, 700]), prepared)
     assert wrong
 
 
@@ -138,9 +138,10 @@ def test_tokens_are_the_memory_of_pixels(norm: Standing) -> None:
     prepared = unet.prepare(*conditions(unet))
     unet.lay_channels_last()
     x, t = torch.randn(1, 4, 16, 24), torch.tensor([700, 700])
-    unet.step(x, t, prepared)
+    shifts = unet.shifts(t[None], prepared)[0]
+    unet.step(x, shifts, prepared)
     with Copies() as copies:
-        unet.step(x, t, prepared)
+        unet.step(x, shifts, prepared)
     doublings = 2 * 4
     assert copies.seen == {"contiguous": 2, "copy_": doublings}
 
@@ -187,5 +188,5 @@ def test_weights_change_in_place(norm: Standing) -> None:
     fresh = UNet(BASE.unet)
     fresh.load_state_dict({name: value.contiguous() for name, value in unet.state_dict().items()})
     told = conditions(unet)
-    made, expected = (net.step(x, t, net.prepare(*told)) for net in (unet, fresh))
+    made, expected = (stepped(net, x, t, net.prepare(*told)) for net in (unet, fresh))
     assert float((made - expected).norm() / expected.norm()) < 1e-4

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdxl_cli.model.attention import Attention
 from sdxl_cli.model.unet import UNet, initialize
-from tests.model.peers import BASE, REFINER, randomize, relative
+from tests.model.peers import BASE, REFINER, randomize, relative, stepped
 
 BOUND = 5e-6
 """What another order of summation may do."""
@@ -50,14 +50,23 @@ def test_prepared_conditions_give_what_the_conditions_give(network: UNet, size: 
     context, vector = conditions(network, 2)
     x, t = torch.randn(2, 4, *size), torch.tensor([700, 3])
     expected = network(x, t, context, vector)
-    assert relative(network.step(x, t, network.prepare(context, vector)), expected) < BOUND
+    assert relative(stepped(network, x, t, network.prepare(context, vector)), expected) < BOUND
+
+
+def test_all_timesteps_at_once_give_what_each_gives(network: UNet) -> None:
+    context, vector = conditions(network, 2)
+    t, prepared = torch.tensor([[999, 999], [700, 3], [0, 0]]), network.prepare(context, vector)
+    together = network.shifts(t, prepared)
+    for row, shifts in zip(t, together, strict=True):
+        assert relative(shifts, network.shifts(row[None], prepared)[0]) < BOUND
+    assert relative(together[0], together[2]) > 0.01, "timesteps differ"
 
 
 def test_both_sides_of_guidance_share_their_latents(network: UNet) -> None:
     context, vector = conditions(network, 4)
     x, t = torch.randn(2, 4, 6, 10), torch.full((4,), 512)
     expected = network(torch.cat([x, x]), t, context, vector)
-    assert relative(network.step(x, t, network.prepare(context, vector)), expected) < BOUND
+    assert relative(stepped(network, x, t, network.prepare(context, vector)), expected) < BOUND
 
 
 @pytest.mark.parametrize("bare", [1, 2, 3])
@@ -67,7 +76,7 @@ def test_a_text_of_zeros_needs_no_cross_attention(network: UNet, bare: int) -> N
     x, t = torch.randn(3, 4, 8, 6), torch.tensor([999, 400, 0])
     expected = network(x, t, context, vector)
     with seen_rows(network) as seen:
-        made = network.step(x, t, network.prepare(context, vector))
+        made = stepped(network, x, t, network.prepare(context, vector))
     assert relative(made, expected) < BOUND
     assert set(seen) == {(3 - bare, 3 - bare)}
 
@@ -79,7 +88,7 @@ def test_a_text_with_a_single_number_is_read(network: UNet) -> None:
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([10, 10])
     expected = network(x, t, context, vector)
     with seen_rows(network) as seen:
-        made = network.step(x, t, network.prepare(context, vector))
+        made = stepped(network, x, t, network.prepare(context, vector))
     assert relative(made, expected) < BOUND
     assert set(seen) == {(2, 2)}
 
@@ -90,10 +99,11 @@ def test_the_saved_work_is_counted(network: UNet) -> None:
     context[0] = 0.0
     x, t = torch.randn(1, 4, 16, 16), torch.tensor([5, 5])
     prepared = network.prepare(context, vector)
+    shifts = network.shifts(t[None], prepared)[0]
     with FlopCounterMode(display=False) as plain:
         network(torch.cat([x, x]), t, context, vector)
     with FlopCounterMode(display=False) as saving:
-        network.step(x, t, prepared)
+        network.step(x, shifts, prepared)
     width, pixels = network.config.model_channels, 16 * 16
     shared = 2 * pixels * 9 * (4 * width + width * width)  # conv_in and the first block's first convolution
     texts = sum(

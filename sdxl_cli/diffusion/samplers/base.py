@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -55,6 +56,28 @@ class Sampler(ABC):
             sigmas: descending noise levels [n + 1]; the last is 0, or where another model takes over.
             noise: used by stochastic samplers only.
         """
+
+    def levels(self, sigmas: Tensor) -> list[float]:
+        """The noise levels at which it will look, in order; they depend on ``sigmas`` alone."""
+        found: list[float] = []
+
+        def look(x: Tensor, sigma: float) -> Tensor:
+            found.append(sigma)
+            return x
+
+        for _ in self.steps(look, torch.zeros(1, 1, 1, 1), sigmas, _Silence()):
+            pass
+        return found
+
+
+class _Silence:
+    """Noise of no strength."""
+
+    def fresh(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    def between(self, x: Tensor, sigma: float, following: float) -> Tensor:
+        return torch.zeros_like(x)
 
 
 def option(

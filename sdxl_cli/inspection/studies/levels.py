@@ -29,6 +29,7 @@ from sdxl_cli.generation.autoencode import decode
 from sdxl_cli.generation.grid import Sheet, draw, grid_texts
 from sdxl_cli.generation.jobs import Job, Settled, Workshop
 from sdxl_cli.generation.picture import Pixels, Texts, write_picture
+from sdxl_cli.generation.remember import Remembering
 from sdxl_cli.generation.request import GenerateRequest
 from sdxl_cli.generation.text_features import encode_text
 from sdxl_cli.generation.weights import Weights
@@ -196,7 +197,7 @@ def _curve(
     texts = [encode_text(encoders, e.caption, None, weights.device, reader) for e in examples]
     weights.release()
     schedule = weights.formulation.schedule()
-    denoiser = Denoiser(weights.unet(), schedule, weights.formulation.prediction)
+    unet = weights.unet()
     eps: list[list[float]] = [[] for _ in places]
     clean: list[list[float]] = [[] for _ in places]
     wanted = set(grid_places(places))
@@ -205,6 +206,9 @@ def _curve(
         console().progress(list(zip(examples, latents, texts, strict=True)), f"measuring the {name}")
     ):
         vector = conditioning_vector(weights.config, text.pooled, [example.micro])
+        network = Remembering(unet)
+        network.expect(text.crossattn, vector, places)
+        denoiser = Denoiser(network, schedule, weights.formulation.prediction)
         noise = torch.randn(z.shape, generator=torch.Generator("cpu").manual_seed(request.seed + number))
         for at, place in enumerate(places):
             sigma = float(schedule.sigmas[place])
