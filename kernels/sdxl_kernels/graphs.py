@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -86,34 +87,48 @@ class Graphs:
         return _Recording(ours, stay, replay, result)
 
 
-class CudaRecorder:
-    """Records CUDA graphs of one device, which share their memory: they are never replayed at the same time."""
+class Pool:
+    """The memory of a device's recordings, which all of them share: no two are ever replayed at the same time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool: Any = None
-        self._side: Any = None
+    def __init__(self, cuda: Any) -> None:
+        """``cuda`` is ``torch.cuda``, or stands for it."""
+        self.handle: Any = cuda.graph_pool_handle()
+        self.side: Any = cuda.Stream()
+        """Where recording happens, and the runs before it."""
+
+
+_POOLS: WeakValueDictionary[torch.device, Pool] = WeakValueDictionary()
+"""By device. A pool lives as long as a recording: torch takes no handle whose recordings are all gone."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs of one device. All recorders of a device share their memory."""
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        """``cuda`` is ``torch.cuda``, or stands for it."""
+        self._device, self._cuda = device, cuda
 
     def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """See :data:`Record`."""
+        cuda = self._cuda
         # streams and graphs belong to the device that is current, which need not be the one that computes
-        with torch.cuda.device(self._device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-                self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side, main = self._side, torch.cuda.current_stream()
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
+        with cuda.device(self._device):
+            if (pool := _POOLS.get(self._device)) is None:
+                pool = _POOLS[self._device] = Pool(cuda)
+            main = cuda.current_stream()
+            pool.side.wait_stream(main)
+            with cuda.stream(pool.side):
                 for _ in range(WARM_UPS):
                     work()
-            main.wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=side):
+            main.wait_stream(pool.side)
+            graph = cuda.CUDAGraph()
+            with cuda.graph(graph, pool=pool.handle, stream=pool.side):
                 result = work()
-        return partial(self._replay, graph), result
+        return partial(self._replay, graph, pool), result
 
-    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
-        with torch.cuda.device(self._device):
+    def _replay(self, graph: Any, pool: Pool) -> None:
+        """``pool`` is held on to for as long as this may be called."""
+        with self._cuda.device(self._device):
             graph.replay()
 
 

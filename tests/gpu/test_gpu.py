@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -332,6 +333,27 @@ def test_recorded_steps_are_the_steps() -> None:
                 x = torch.randn(1, 4, *size, device=DEVICE)
                 expected = plain(x, 500, text, vector)
                 assert error(recorded(x, 500, text, vector), expected.cpu()) < 1e-4
+
+
+@torch.inference_mode()
+def test_recordings_of_base_and_refiner_take_turns_in_the_same_memory() -> None:
+    """And when both are gone the next one begins anew, with what torch still holds of them or without."""
+    for empty in (True, False):
+        steps = []
+        for config in (BASE, REFINER):
+            unet = UNet(config.unet)
+            randomize(unet)
+            unet.to(DEVICE)
+            given = moved(unet_inputs(config)[2:], torch.float32)
+            steps.append((Remembering(unet), Remembering(unet, RecordedSteps(unet)), given))
+        for _ in range(3):
+            for plain, recorded, (text, vector) in steps:
+                x = torch.randn(1, 4, 16, 12, device=DEVICE)
+                assert error(recorded(x, 500, text, vector), plain(x, 500, text, vector).cpu()) < 1e-4
+        del plain, recorded, steps, unet
+        gc.collect()
+        if empty:
+            torch.cuda.empty_cache()
 
 
 def fused_norm(dtype: torch.dtype) -> FusedNorm:
