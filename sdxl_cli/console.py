@@ -292,4 +292,5 @@ def _rich_progress(below: Callable[[], Text | None]) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}", markup=False),
         console=_rich_console(stderr=True),
+        redirect_stdout=sys.stdout.isatty(),  # results that go to a pipe or a file stay there
     )

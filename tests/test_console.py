@@ -99,6 +99,19 @@ def test_progress_on_a_terminal_is_drawn_on_stderr_and_notes_go_through_it(
     assert capsys.readouterr().err == "after\n"
 
 
+def test_results_under_a_bar_go_where_results_go(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a pipe, though rich would take what is printed to where its bars are."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    speaker = Console()
+    for _ in speaker.progress(2, "steps"):
+        speaker.print_result("a.png")
+    captured = capsys.readouterr()
+    assert captured.out == "a.png\na.png\n"
+    assert "a.png" not in captured.err
+
+
 def test_a_bar_that_fails_leaves_the_console_usable(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from sdxl_cli.console import Console
     from sdxl_cli.generation.batchfile import Line
+    from sdxl_cli.generation.behind import Behind
     from sdxl_cli.generation.jobs import Job, Settled, Workshop
     from sdxl_cli.generation.onlooker import Onlooker
     from sdxl_cli.generation.picture import Target
@@ -106,22 +108,27 @@ _PREVIEW_FILE = Path("preview.png")
 
 @dataclass(slots=True)
 class Worker:
-    """Makes the pictures of jobs, writes them and says so."""
+    """Makes the pictures of jobs, writes each behind the next one and says so."""
 
     given: Mapping[str, Any]
     """The flags of the command, by name."""
     console: Console
     onlooker: Onlooker
     shop: Workshop
+    behind: Behind
+    """Who writes."""
     made: list[tuple[Settled, list[Path]]] = field(default_factory=list)
     """Finished jobs with their pictures."""
 
     def work(self, settled: Settled, place: Target, label: str = "") -> dict[str, object]:
-        """Make, write and name every picture of a job as soon as it is there; returns what ``--json`` says."""
+        """Make every picture of a job, and have it written and named; returns what ``--json`` says.
+
+        That is complete when :meth:`finishing` is left.
+        """
         from sdxl_cli.generation.latents import save_latents
         from sdxl_cli.generation.observe import stage
         from sdxl_cli.generation.picture import Texts
-        from sdxl_cli.generation.pipeline import generate, record
+        from sdxl_cli.generation.pipeline import Picture, generate, record
         from sdxl_cli.generation.session import source_of
 
         plan, models = settled.plan, self.shop.ready(settled)
@@ -131,7 +138,7 @@ class Worker:
             self.console.note(f"{label}{plan.canvas.describe()}; strength {share:g}: {plan.share()}")
         height, width = plan.framing.size
         self.console.note(f"{label}{width}x{height}, {plan.split()}, {plan.sampler.label}, {plan.guidance}")
-        started, pictures, paths = time.perf_counter(), [], []
+        started = time.perf_counter()
         bare = self.given["no_metadata"]
         source = None if bare else source_of(plan.request)
 
@@ -142,22 +149,50 @@ class Worker:
             name = place.file.stem if place.file else place.prefix
             return save_latents(place.folder, f"{name}-{seed}", latent, texts_of(seed))
 
-        for picture in generate(plan, models, self.onlooker, keep=keep):
-            with stage(self.onlooker, "save"):
-                texts = Texts() if bare else texts_of(picture.seed, picture.tile)
-                path = place.save(picture.pixels, picture.seed, texts)
-            self.console.print_result(str(path))
-            pictures.append({"path": path, "seed": picture.seed})
-            paths.append(path)
-        self.made.append((settled, paths))
+        pictures: list[dict[str, object]] = []
+        paths: list[Path] = []
         result: dict[str, object] = {
             "pictures": pictures,
             "request": plan.request,
             "resolved": plan.framing.named(),
             "steps": plan.split(),
-            "seconds": round(time.perf_counter() - started, 3),
+            "seconds": 0.0,
+            **({"job": settled.job.where} if settled.job.where else {}),
         }
-        return result | ({"job": settled.job.where} if settled.job.where else {})
+
+        def save(picture: Picture) -> None:
+            texts = Texts() if bare else texts_of(picture.seed, picture.tile)
+            path = place.save(picture.pixels, picture.seed, texts)
+            self.console.print_result(str(path))
+            pictures.append({"path": path, "seed": picture.seed})
+            paths.append(path)
+            result["seconds"] = round(time.perf_counter() - started, 3)
+
+        for picture in generate(plan, models, self.onlooker, keep=keep):
+            with stage(self.onlooker, "save"):
+                self.behind.do(partial(save, picture))
+        self.made.append((settled, paths))
+        return result
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """When it is left, all pictures that were made are written, also where something stopped the next one.
+
+        Raises:
+            FileError: one cannot be.
+        """
+        from sdxl_cli.generation.observe import stage
+
+        try:
+            yield
+        except BaseException:
+            try:
+                self.behind.settle()
+            except (SdxlError, OSError) as error:
+                self.console.warn(str(error))
+            raise
+        with stage(self.onlooker, "save"):
+            self.behind.settle()
 
 
 def aliases(command: Callable[..., object], request: type[Any]) -> dict[str, str]:
@@ -195,8 +230,8 @@ def check(given: Mapping[str, Any]) -> None:
                 raise UsageError(f"--interactive and {flag}: give one of the two")
 
 
-def look_on(given: Mapping[str, Any], console: Console) -> Onlooker:
-    """The onlooker that the flags ask for.
+def look_on(given: Mapping[str, Any], console: Console, check: Callable[[], None]) -> Onlooker:
+    """The onlooker that the flags ask for; ``check`` is called at each step.
 
     Raises:
         UsageError: a preview file that is no picture.
@@ -213,7 +248,8 @@ def look_on(given: Mapping[str, Any], console: Console) -> Onlooker:
             console.warn("--preview terminal: stderr is no terminal, or --quiet was given; nothing is shown")
         else:
             shows.append(lambda pixels: console.show(to_rows(pixels)))
-    return Onlooker(console, timed=given["timings"], shows=shows, interval=given["preview_interval"])
+    interval = given["preview_interval"]
+    return Onlooker(console, timed=given["timings"], shows=shows, interval=interval, check=check)
 
 
 def read_prompts(path: Path | None, names: Mapping[str, str]) -> list[Line]:
@@ -248,10 +284,11 @@ def work_all(worker: Worker, settled: Sequence[Settled], axes: Sequence[Axis]) -
     started = time.perf_counter()
     count = sum(one.plan.request.num_images for one in settled)  # type: ignore[attr-defined]
     places = [_place(given, one.job, count) for one in settled]
-    results = [
-        worker.work(one, place, labelled(settled, index))
-        for index, (one, place) in enumerate(zip(settled, places, strict=True))
-    ]
+    with worker.finishing():
+        results = [
+            worker.work(one, place, labelled(settled, index))
+            for index, (one, place) in enumerate(zip(settled, places, strict=True))
+        ]
     grids = list(_grids(worker, axes, places[0])) if given["grid"] else []
     seconds = time.perf_counter() - started
     console.note(f"{count} picture{'s' if count > 1 else ''} in {seconds:.1f} s")
@@ -297,7 +334,9 @@ def converse(worker: Worker, base: GenerateRequest, names: Mapping[str, str]) ->
                 console.note(HELP if asked == "help" else to_toml(loop.base).rstrip())
             elif asked is not None:
                 job_place = _place(given, asked, 2) if asked.output else place
-                console.json_line(worker.work(worker.shop.settle(asked), job_place))
+                with worker.finishing():
+                    result = worker.work(worker.shop.settle(asked), job_place)
+                console.json_line(result)
         except SdxlError as error:
             code = code or error.exit_code
             console.json_line(

@@ -165,6 +165,7 @@ def command(
     if not (interactive or plan_only or prompts_file or sweep):
         _read_ahead(request)
 
+    from sdxl_cli.generation.behind import Behind
     from sdxl_cli.generation.fewstep import FewSteps
     from sdxl_cli.generation.jobs import Workshop, expand
     from sdxl_cli.generation.request import GenerateRequest
@@ -173,10 +174,11 @@ def command(
 
     names = working.aliases(command, GenerateRequest)
     lines, axes = working.read_prompts(prompts_file, names), parse_sweeps(sweep or (), names)
-    onlooker = working.look_on(given, console)
+    behind = Behind()
+    onlooker = working.look_on(given, console, behind.check)
     few_steps = FewSteps(_stated(given), console)
     shop = Workshop(lambda asked: _locate(asked, console), _buckets, onlooker, few_steps)
-    worker = working.Worker(given, console, onlooker, shop)
+    worker = working.Worker(given, console, onlooker, shop, behind)
     if interactive:
         return working.converse(worker, request, names)
     settled = shop.settle_all(expand(request, lines, axes))

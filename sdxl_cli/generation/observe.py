@@ -2,6 +2,7 @@
 
 Whoever is told how things go (the pipeline's ``Reporter``) may also be an :class:`Observer`; timings and previews
 are. The stages are ``load``, ``text``, ``unet``, ``vae`` and ``save``; one inside another counts for itself alone.
+Pictures are written behind the next ones (``behind.py``): ``save`` is what is waited for.
 """
 
 from __future__ import annotations

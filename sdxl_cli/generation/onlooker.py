@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -27,9 +27,13 @@ class Onlooker:
         timed: bool = False,
         shows: Iterable[Show] = (),
         interval: int = 1,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """``shows``: where previews go; without any, none are made. ``timed``: wait for the device at each stage."""
+        """``shows``: where previews go; without any, none are made. ``timed``: wait for the device at each stage.
+        ``check`` is called at each step, and stops the run by raising something.
+        """
         self._report, self._timed, self._shows, self._interval = report, timed, tuple(shows), interval
+        self._check = check
         self._colours: dict[int, tuple[Models, LatentColours]] = {}
         self._preview: Preview | None = None
         self._device = torch.device("cpu")
@@ -45,7 +49,9 @@ class Onlooker:
 
     def progress(self, items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
         """See :class:`Reporter`."""
-        return self._report.progress(items, description, total=total)
+        for item in self._report.progress(items, description, total=total):
+            self._check()
+            yield item
 
     def begin(self, models: Models) -> None:
         """Pictures of these models are next; their colours are looked up when previews are wanted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor
 from sdxl_cli.diffusion.guidance import Guided
 from sdxl_cli.diffusion.noise import NoiseStreams
 from sdxl_cli.generation.autoencode import to_image
+from sdxl_cli.generation.canvas import Canvas
 from sdxl_cli.generation.checks import FiniteWatch
 from sdxl_cli.generation.device import NAMES, describe
 from sdxl_cli.generation.embeddings import sha256
@@ -75,15 +77,22 @@ class Models:
             self.refiner.forget()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Picture:
-    """A finished picture."""
+    """A picture that was made."""
 
-    pixels: Pixels
-    """RGB [H, W, 3], uint8."""
+    decoded: Pixels
+    """RGB [H, W, 3], uint8, as the model made it."""
     seed: int
     tile: int | None = None
     """Side of the tiles it was decoded in, in latents; None: as a whole."""
+    canvas: Canvas | None = None
+    """What it was begun with; None: noise."""
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        """The finished picture, RGB [H, W, 3], uint8; put together by whoever asks first."""
+        return self.decoded if self.canvas is None else self.canvas.finish(self.decoded)
 
 
 @torch.inference_mode()
@@ -166,10 +175,8 @@ def _finished(
                 before_retry=before_retry,
                 tile=tile,
             )
-        if plan.canvas is not None:
-            pixels = plan.canvas.finish(pixels)
         waiting.pop(0)
-        yield Picture(pixels, seed, tile)
+        yield Picture(pixels, seed, tile, plan.canvas)
 
 
 @torch.inference_mode()
