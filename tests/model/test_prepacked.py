@@ -18,7 +18,7 @@ from sdxl_cli.generation.weights import FileWeights
 from sdxl_cli.model.config import TINY
 from sdxl_cli.model.prepacked import PrepackedLinear, packable, packed_bytes, prepack_linears
 from sdxl_cli.model.unet import UNet
-from tests.model.peers import randomize, relative
+from tests.model.peers import randomize, relative, stepped
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -49,7 +49,7 @@ def test_a_packed_unet_gives_what_the_unet_gives() -> None:
     times, y = torch.tensor([500, 500]), torch.randn(2, config.adm_in_channels)
 
     def evaluated() -> torch.Tensor:
-        return unet.step(x, times, unet.prepare(context, y))
+        return stepped(unet, x, times, unet.prepare(context, y))
 
     expected, names, size = evaluated(), set(packable(unet)), packed_bytes(unet)
     prepack_linears(unet)
