@@ -13,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sdxl_cli.generation.streaming import stream
 from sdxl_cli.model.attention import Attention
 from sdxl_cli.model.unet import TransformerBlock, UNet
-from tests.model.peers import BASE, randomize, relative, stepped
+from tests.model.peers import BASE, randomize, relative
+from tests.model.peers import stepped as stepped_at
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def unet() -> UNet:
 def stepped(unet: UNet) -> Tensor:
     torch.manual_seed(0)
     text, vector = torch.randn(2, 7, unet.config.context_dim), torch.randn(2, unet.config.adm_in_channels)
-    return stepped(unet, torch.randn(1, 4, 16, 12), torch.tensor([500, 500]), unet.prepare(text, vector))
+    return stepped_at(unet, torch.randn(1, 4, 16, 12), torch.tensor([500, 500]), unet.prepare(text, vector))
 
 
 def layers(unet: UNet) -> list[Attention]:
