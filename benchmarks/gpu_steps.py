@@ -11,6 +11,7 @@ compared with single precision. The last column is the share of the rate of matr
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -31,6 +32,7 @@ from sdxl_cli.checkpoint.diffusers_config import unet_json
 from sdxl_cli.checkpoint.layouts import unet_to_diffusers
 from sdxl_cli.generation.device import compute_as_told
 from sdxl_cli.generation.remember import RecordedSteps, Remembering
+from sdxl_cli.generation.weights import channels_last_pays, compute_on_gpu
 from sdxl_cli.model import vae_strips
 from sdxl_cli.model.config import BASE, ModelConfig, UNetConfig, VAEConfig
 from sdxl_cli.model.embedding import sinusoidal
@@ -143,17 +145,21 @@ def steps(bench: Bench) -> None:
     shifts = unet.shifts(t[None], prepared)[0]
     with counted(bench, "step", "ours, eager"):
         unet.step(x, shifts, prepared)
-    ways: dict[str, Callable[[], Tensor]] = {"ours, eager": lambda: unet.step(x, shifts, prepared)}
+    # weights of their own, laid out as a GPU likes them: diffusers' are those of the other
+    ours = copy.deepcopy(unet)
+    compute_on_gpu(ours, bench.device, bench.dtype)
+    told = ours.prepare(texts, vectors)
+    ways: dict[str, Callable[[], Tensor]] = {"ours, eager": lambda: ours.step(x, shifts, told)}
     if bench.device.type == "cuda":
-        recorded = Remembering(unet, RecordedSteps(unet))
+        recorded = Remembering(ours, RecordedSteps(ours))
         ways["ours, recorded"] = lambda: recorded(x, TIMESTEP, texts, vectors)
     ways |= peers(bench, unet, (x, t, texts, vectors))
     if bench.args.compile:
         compiled = UNet(config).eval().requires_grad_(False).to(bench.device, bench.dtype)
         compiled.load_state_dict(unet.state_dict())
         compiled.compile_blocks()
-        told = compiled.prepare(texts, vectors)
-        ways["ours, compiled"] = lambda: compiled.step(x, shifts, told)
+        known = compiled.prepare(texts, vectors)
+        ways["ours, compiled"] = lambda: compiled.step(x, shifts, known)
     bench.compare("step", ways, exact, times=3)
 
 
@@ -204,6 +210,8 @@ def decoding(bench: Bench) -> None:
     exact = vae.decode(z).cpu()
     half = Autoencoder(bench.config.vae).eval().requires_grad_(False).to(bench.device, bench.dtype)
     half.load_state_dict(vae.state_dict())
+    if channels_last_pays(bench.device, bench.dtype):
+        half.lay_channels_last()
     with counted(bench, "decoding", "ours, eager"):
         vae.decode(z)
     with counted(bench, "decoding", "ours, strips"):

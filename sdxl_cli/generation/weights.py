@@ -137,18 +137,9 @@ class FileWeights:
         elif self.prepacks and not self.streams:
             prepack_linears(unet)
         else:
-            self._set_up_for_gpu(unet)
+            compute_on_gpu(unet, self.device, self.dtype, streams=self.streams)
         if self.cuda_graphs and self.device.type == "cuda" and not self.streams:
             self.recorded = RecordedSteps(unet)
-
-    def _set_up_for_gpu(self, unet: UNet) -> None:
-        if channels_last_pays(self.device, self.dtype):
-            if self.streams:  # of which kernels are pages of the file
-                unet.channels_last = True
-            else:
-                unet.lay_channels_last()
-        if joins_projections(self.device) and not self.streams:
-            unet.join_projections()
 
     def vae(self) -> Autoencoder:
         """The autoencoder."""
@@ -256,6 +247,17 @@ def convolves_fast(weights: Weights, dtype: torch.dtype) -> bool:
     # bf16 gains nothing from it where the processor does not compute in it
     native = dtype != torch.bfloat16 or cpu_has_bf16()
     return weights.winograd and weights.device.type == "cpu" and native
+
+
+def compute_on_gpu(unet: UNet, device: torch.device, dtype: torch.dtype, *, streams: bool = False) -> None:
+    """Let a U-Net be computed as GPUs like it; elsewhere nothing happens. ``streams``: see :class:`FileWeights`."""
+    if channels_last_pays(device, dtype):
+        if streams:  # kernels are pages of the file
+            unet.channels_last = True
+        else:
+            unet.lay_channels_last()
+    if joins_projections(device) and not streams:
+        unet.join_projections()
 
 
 def channels_last_pays(device: torch.device, dtype: torch.dtype) -> bool:
