@@ -29,9 +29,9 @@ def compiler_library() -> Library:
     """
     if torch.version.cuda is None:
         raise CudaError("this torch is not built for CUDA")
-    major = torch.version.cuda.split(".")[0]
-    windows = sys.platform == "win32"
-    name = f"nvrtc64_{major}0_0.dll" if windows else f"libnvrtc.so.{major}"
+    major, windows = torch.version.cuda.split(".")[0], sys.platform == "win32"
+    version = "11.2" if major == "11" else major  # what it stayed at through CUDA 11
+    name = f"nvrtc64_{float(version) * 10:.0f}_0.dll" if windows else f"libnvrtc.so.{version}"
     home = Path(torch.__file__).parent
     places = [home / "lib" / name, *home.parent.glob(f"nvidia/*/{'bin' if windows else 'lib'}/{name}")]
     for place in [name, *map(str, places)]:

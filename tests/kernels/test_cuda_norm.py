@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sdxl_kernels import cuda_norm
+from sdxl_kernels import nvrtc as nvrtc_module
 from sdxl_kernels.cuda_norm import KINDS, SOURCE, TOLERANCES, FusedNorm, deviation, divided, options
 from sdxl_kernels.normalization import group_norm, group_norm_silu
 from sdxl_kernels.nvrtc import CudaError, Kernels, compiled, compiler_library
@@ -298,6 +300,34 @@ def test_a_torch_without_cuda_has_no_compiler(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.version, "cuda", "99.0")
     with pytest.raises(CudaError, match=r"99.* is not installed; pip install nvidia-cuda-nvrtc"):
         compiler_library()
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "name"),
+    [
+        ("linux", "11.8", "libnvrtc.so.11.2"),
+        ("linux", "12.6", "libnvrtc.so.12"),
+        ("linux", "13.2", "libnvrtc.so.13"),
+        ("win32", "11.8", "nvrtc64_112_0.dll"),
+        ("win32", "12.6", "nvrtc64_120_0.dll"),
+    ],
+)
+def test_what_the_compiler_is_called(
+    platform: str, version: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def missing(place: str) -> None:
+        asked.append(place)
+        raise OSError(place)
+
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(nvrtc_module, "Library", missing)
+    with pytest.raises(CudaError, match=name.replace(".", r"\.") + " is not installed"):
+        compiler_library()
+    assert asked[0] == name
+    assert all(Path(place).name == name for place in asked)
 
 
 def test_a_computer_without_a_gpu_says_so() -> None:

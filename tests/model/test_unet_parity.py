@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sdxl_kernels import convolution
 from torch import Tensor, nn
 
+from sdxl_cli.model import attention as attention_layer
 from sdxl_cli.model import unet as ours
 from sdxl_cli.model.conditioning import MicroConditioning, conditioning_vector
 from sdxl_cli.model.config import ModelConfig
@@ -213,7 +214,7 @@ MISTAKES: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_seen(case: Case, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, wrong = MISTAKES[mistake]
-    monkeypatch.setattr(ours, name, wrong)
+    monkeypatch.setattr(attention_layer if name == "attention" else ours, name, wrong)
     error = case.error()
     print(f"{mistake}: {error:.1e}")
     assert error > VISIBLE
