@@ -7,8 +7,9 @@ import torch
 from sdxl_cli.bench.cases import CASES
 from sdxl_cli.bench.setting import CaseName, Setting
 from sdxl_cli.bench.weights import weight_bytes
-from sdxl_cli.generation.memory import LiveBytes, decoding_bytes
+from sdxl_cli.generation.memory import decoding_bytes
 from sdxl_cli.model.config import Part
+from sdxl_cli.model.live_bytes import LiveBytes
 from sdxl_cli.model.sdxl import SDXL
 
 _UNET: tuple[Part, ...] = ("unet",)

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.read import open_tensors
@@ -19,46 +14,10 @@ from sdxl_cli.checkpoint.vocabulary import Expanded
 from sdxl_cli.generation.streaming import streamed_bytes
 from sdxl_cli.generation.weights import Weights
 from sdxl_cli.model.config import ALL_PARTS, PREFIXES, ModelConfig, Part
+from sdxl_cli.model.live_bytes import LiveBytes
 from sdxl_cli.model.sdxl import SDXL
 
 _UNET: tuple[Part, ...] = ("unet",)
-
-
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that are alive at the same time; on the meta device they take none themselves.
-
-    What a kernel uses inside itself is not seen: cuDNN's workspaces, say, come on top.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._total = 0
-        self._users: dict[int, list[int]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for value in tree_leaves(made):
-            if isinstance(value, Tensor):
-                self._see(value)
-        return made
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._users:
-            self._users[key] = [storage.nbytes(), 0]
-            self._total += storage.nbytes()
-            self.peak = max(self.peak, self._total)
-        self._users[key][1] += 1
-        weakref.finalize(tensor, self._gone, key)
-
-    def _gone(self, key: int) -> None:
-        self._users[key][1] -= 1
-        if self._users[key][1] == 0:
-            self._total -= self._users.pop(key)[0]
 
 
 @dataclass(frozen=True, slots=True)

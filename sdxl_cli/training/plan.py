@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sdxl_cli.console import Cell
 from sdxl_cli.console import get as console
 from sdxl_cli.generation.residency import free_bytes
+from sdxl_cli.model.live_bytes import LiveBytes
 from sdxl_cli.model.sdxl import SDXL
-from sdxl_cli.training.footprint import Footprint, LiveBytes, resident
+from sdxl_cli.training.footprint import Footprint, resident
 from sdxl_cli.training.parallel import Alone
 from sdxl_cli.training.place import compute_dtype
 from sdxl_cli.training.recompute import Recompute, recompute
@@ -99,7 +100,7 @@ def _there(model: SDXL, text_stays: bool) -> int:
 def _states(player: Player) -> int:
     """Bytes of the optimizer's moments, which a first step makes."""
     parameters = list(player.parameters.values())
-    with LiveBytes(parameters):
+    with LiveBytes():
         for p in parameters:
             p.grad = torch.empty_like(p, dtype=torch.float32) if p.dtype == torch.float32 else None
             if p.grad is None:
@@ -115,8 +116,7 @@ def _update(player: Player) -> int:
     """Bytes at hand while the largest weight is changed."""
     largest = max(player.parameters.values(), key=torch.Tensor.numel)
     gradient = torch.empty_like(largest)
-    states = [v for state in player.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-    with LiveBytes((largest, gradient, *states)) as live:
+    with LiveBytes() as live:
         if isinstance(player.updates, OneByOne):
             player.updates.step(largest, gradient)
         else:
@@ -129,7 +129,7 @@ def _update(player: Player) -> int:
 def _passes(task: UNetTask, player: Player) -> tuple[int, int]:
     """Bytes kept at the end of a forward pass, and the most at once of a step's passes."""
     updates = player.updates
-    with LiveBytes((*task.module.parameters(), *task.module.buffers())) as live:
+    with LiveBytes() as live:
         updates.begin(0, 1.0)
         for _ in range(min(2, task.config.loop.batches_per_step())):
             before = live.now

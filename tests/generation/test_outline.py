@@ -15,9 +15,10 @@ from sdxl_cli import cli
 from sdxl_cli.checkpoint.locate import locate
 from sdxl_cli.checkpoint.read import load_model
 from sdxl_cli.generation import weights as weights_module
-from sdxl_cli.generation.memory import STRIPS_WORK, LiveBytes, Needs, decoding_bytes, estimate, part_bytes
+from sdxl_cli.generation.memory import STRIPS_WORK, Needs, decoding_bytes, estimate, part_bytes
 from sdxl_cli.generation.weights import FileWeights
 from sdxl_cli.model import vae_strips
+from sdxl_cli.model.live_bytes import LiveBytes
 
 Plan = Callable[..., dict[str, Any]]
 
@@ -58,6 +59,9 @@ def test_bytes_alive_at_the_same_time() -> None:
     with torch.inference_mode(), LiveBytes() as seen:
         (x + 1).view(20, 2).t()[:1]
     assert seen.peak == 160, "a view takes nothing"
+    with torch.inference_mode(), LiveBytes() as seen:
+        assert x.view(20, 2).t().add_(1).shape == (2, 20)
+    assert (seen.now, seen.peak) == (0, 0), "what was there before is not counted"
 
 
 def test_shapes_alone_say_what_a_real_pass_takes(models: dict[str, Path]) -> None:

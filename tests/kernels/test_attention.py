@@ -11,7 +11,7 @@ from sdxl_kernels.attention import MATH_LIMIT, attention, attention_in_products,
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from sdxl_cli.generation.memory import LiveBytes
+from sdxl_cli.model.live_bytes import LiveBytes
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 AMPERE, ADA, HOPPER, BLACKWELL, DESKTOP = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)

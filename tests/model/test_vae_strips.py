@@ -9,10 +9,11 @@ import torch
 from sdxl_kernels import strips
 from torch import Tensor
 
-from sdxl_cli.generation.memory import STRIPS_WORK, LiveBytes, decoding_bytes
+from sdxl_cli.generation.memory import STRIPS_WORK, decoding_bytes
 from sdxl_cli.model import vae_strips
 from sdxl_cli.model.config import BASE as RELEASED
 from sdxl_cli.model.config import VAEConfig
+from sdxl_cli.model.live_bytes import LiveBytes
 from sdxl_cli.model.vae import Autoencoder
 from tests.model.peers import randomize, relative
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sdxl_cli import cli
+from sdxl_cli.model.live_bytes import LiveBytes
 from sdxl_cli.model.sdxl import SDXL
 from sdxl_cli.model.unet import FeedForward, ResBlock, TransformerBlock
 from sdxl_cli.training import plan as plans
 from sdxl_cli.training.config import LoopConfig, OptimizerConfig
-from sdxl_cli.training.footprint import LiveBytes
 from sdxl_cli.training.measuring import LargestBatch
 from sdxl_cli.training.optimizers import build_optimizer
 from sdxl_cli.training.plan import MODES, Row, counted, kept, on_meta, settle
@@ -154,7 +154,7 @@ def test_a_fused_step_needs_no_room_for_gradients() -> None:
 
 def test_bytes_that_live_at_once_are_counted() -> None:
     x = torch.empty(100, device="meta")
-    with LiveBytes([x]) as live:
+    with LiveBytes() as live:
         y = x + 1
         z = y.view(10, 10)
         assert live.now == 400
