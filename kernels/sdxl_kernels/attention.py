@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sdxl_kernels.processor import cpu_multiplies_bf16
+
 MATH_LIMIT = 1 << 20
 """Largest number of scores per head that the unfused kernel may materialise on CUDA."""
 
@@ -49,11 +51,6 @@ QUERIES = 512
 """How many queries' scores are held at once."""
 FEW_TOKENS = 256
 """Up to this many keys or queries, all heads together are one product."""
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether the processor has matrix products in bf16 (AVX512_BF16, AMX); torch's fused kernel does not use them."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def attention_in_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

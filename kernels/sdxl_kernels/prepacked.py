@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdxl_kernels.attention import cpu_multiplies_bf16
+from sdxl_kernels.processor import CPUINFO, cpu_multiplies_bf16
 
 ROWS = 2048
 """The number of rows that a layout is chosen for: a guided step's tokens where most of the time goes."""
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def prepacking_exists() -> bool:

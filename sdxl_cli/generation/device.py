@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
+from sdxl_kernels.processor import cpu_has_bf16
 
 from sdxl_cli.errors import UsageError, unknown
 from sdxl_cli.generation.request import Precision
@@ -13,8 +13,6 @@ from sdxl_cli.generation.request import Precision
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _KINDS = ("auto", "cpu", "cuda", "mps")
-_NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
-"""Flags of /proc/cpuinfo, x86 and ARM, for arithmetic in bfloat16."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -80,16 +78,6 @@ def compute_as_told(*dtypes: torch.dtype) -> None:
     """Have fp32 on a GPU computed in fp32: cuDNN's convolutions otherwise round what they multiply to 10 bits."""
     if torch.float32 in dtypes:
         torch.backends.cudnn.allow_tf32 = False
-
-
-def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor has bf16 instructions, as far as Linux says; False elsewhere."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return bool(flags and _NATIVE_BF16 & set(flags[1].split()))
 
 
 def describe(device: torch.device) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from sdxl_kernels.attention import cpu_multiplies_bf16
 from sdxl_kernels.prepacked import prepacking_exists, prepacking_pays
+from sdxl_kernels.processor import cpu_multiplies_bf16
 
 from sdxl_cli.checkpoint.meminfo import MEMINFO, total_memory
 from sdxl_cli.errors import UsageError

@@ -8,13 +8,13 @@ from typing import Protocol
 
 import torch
 from sdxl_kernels import cuda_norm
+from sdxl_kernels.processor import cpu_has_bf16
 
 from sdxl_cli.checkpoint.files import ModelFiles
 from sdxl_cli.checkpoint.lora import LoraMerge, WornLora
 from sdxl_cli.checkpoint.read import load_model, stored_dtype
 from sdxl_cli.diffusion.formulation import Formulation
 from sdxl_cli.generation.allocator import give_back
-from sdxl_cli.generation.device import cpu_has_bf16
 from sdxl_cli.generation.metadata import LoraRecord, ModelRecord
 from sdxl_cli.generation.observe import stage
 from sdxl_cli.generation.remember import RecordedSteps

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from sdxl_kernels.processor import cpu_has_bf16, cpu_multiplies_bf16
 
 from sdxl_cli.errors import NumericError, UsageError
 from sdxl_cli.generation import device as devices
 from sdxl_cli.generation.checks import FiniteWatch
-from sdxl_cli.generation.device import cpu_has_bf16, pick_device, pick_dtype, pick_vae_dtype
+from sdxl_cli.generation.device import pick_device, pick_dtype, pick_vae_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -18,17 +19,24 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.mark.parametrize(
     ("line", "native"),
     [
-        ("flags\t\t: fpu avx2 avx512f", False),
-        ("flags\t\t: fpu avx2 avx512f avx512_bf16", True),
-        ("flags\t\t: fpu amx_bf16 amx_tile", True),
+        ("Features\t: fp asimd", False),
         ("Features\t: fp asimd bf16", True),
         ("model name\t: bf16", False),
     ],
 )
-def test_bf16_on_a_cpu_needs_its_instructions(tmp_path: Path, line: str, native: bool) -> None:
+def test_bf16_on_a_cpu_needs_its_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, native: bool
+) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
-    assert cpu_has_bf16(tmp_path / "cpuinfo") is native
-    assert cpu_has_bf16(tmp_path / "not there") is False
+    for told in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert cpu_has_bf16(tmp_path / "cpuinfo") is native
+        assert cpu_has_bf16(tmp_path / "not there") is False
+        assert not cpu_multiplies_bf16()
+        monkeypatch.setattr(torch.cpu, told, lambda: True)
+        assert cpu_multiplies_bf16()
+        assert cpu_has_bf16(tmp_path / "not there")
 
 
 def test_auto_is_what_the_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
