@@ -275,6 +275,10 @@ class FewSteps:
             request = replace(request, prediction=found.family.prediction)
         return request
 
+    def was_given(self, name: str, stated: Collection[str] = ()) -> bool:
+        """Whether the user gave a field a value, for all requests or, by ``stated``, for this one."""
+        return self._stated is None or name in self._stated or name in stated
+
     def check(self, request: GenerateRequest, files: Sequence[ModelFiles]) -> None:
         """Warn of what does not go with a few-step model.
 

@@ -133,13 +133,16 @@ class Workshop:
         configs = [model.config for model in files]
         buckets = self._buckets(configs[0].native_size) if request.size else ()
         plan = plan_generation(request, *configs, buckets=buckets, formulation=models.base.formulation)
-        if self._few_steps is not None and isinstance(plan.request, GenerateRequest):
+        assert isinstance(plan.request, GenerateRequest)
+        steps = None
+        if self._few_steps is not None:
             self._few_steps.check(plan.request, files)
-        self._warn_of_ineffective(request)
+            steps = job.request.steps if self._few_steps.was_given("steps", job.stated) else None
+        self._warn_of_ineffective(plan.request, steps)
         return Settled(job=replace(job, request=request), files=files, plan=plan, models=models)
 
-    def _warn_of_ineffective(self, request: GenerateRequest) -> None:
-        for text in ineffective(request):
+    def _warn_of_ineffective(self, request: GenerateRequest, steps: int | None) -> None:
+        for text in ineffective(request, steps):
             if text not in self._said:  # once, however many jobs there are
                 self._said.add(text)
                 self._report.warn(text)
