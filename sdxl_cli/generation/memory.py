@@ -102,5 +102,5 @@ def decoding_bytes(
     """Channels of what was doubled last, where the peak is."""
     if strips:  # beside it the next level's first convolution
         return math.prod(size) * (widths[0] + doubled) * dtype.itemsize + STRIPS_WORK
-    # beside it what it was made of, normalised, and what is made of that
-    return math.prod(size) * 3 * doubled * dtype.itemsize
+    # beside it the same normalised, and what is made of that
+    return math.prod(size) * (2 * doubled + widths[0]) * dtype.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,8 @@ class ResnetBlock(nn.Module):
         """[B, C, H, W] -> [B, D, H, W]."""
         hidden = self.conv1(_norm_silu(self.norm1, x))
         hidden = self.conv2(_norm_silu(self.norm2, hidden))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + hidden
+        skip = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return skip + hidden if torch.is_grad_enabled() else hidden.add_(skip)
 
 
 class AttnBlock(nn.Module):
@@ -125,14 +127,24 @@ class Level(nn.Module):
         widths = [in_channels] + [out_channels] * (blocks - 1)
         self.block = nn.ModuleList(ResnetBlock(width, out_channels, groups) for width in widths)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, D, H', W']."""
-        for block in self.block:
-            x = block(x)
+    def steps(self) -> Iterator[nn.Module]:
+        """What is done, in order. Whoever does it one by one keeps nothing but the last result in memory."""
+        yield from self.block
         for name in ("downsample", "upsample"):
             if hasattr(self, name):
-                x = getattr(self, name)(x)
+                yield getattr(self, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, D, H', W']."""
+        for step in self.steps():
+            x = step(x)
         return x
+
+
+def _steps(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    for level in levels:
+        assert isinstance(level, Level)
+        yield from level.steps()
 
 
 class Encoder(nn.Module):
@@ -155,8 +167,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 2z, H/8, W/8]."""
         x = self.conv_in(x)
-        for stage in self.down:
-            x = stage(x)
+        for step in _steps(self.down):
+            x = step(x)
         return self.conv_out(_norm_silu(self.norm_out, self.mid(x)))
 
 
@@ -183,17 +195,19 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """[B, z, h, w] -> [B, 3, 8h, 8w]."""
         x = self.mid(self.conv_in(z))
-        for stage in reversed(self.up):
-            x = stage(x)
+        for step in _steps(reversed(self.up)):
+            x = step(x)
         return self.conv_out(_norm_silu(self.norm_out, x))
 
 
 class Autoencoder(nn.Module):
     """Images of -1 … 1 to unscaled latents and back."""
 
+    channels_last = False
+    """Whether pixels have channels last in memory; see :meth:`lay_channels_last`."""
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.channels_last = False
         self.config = config
         z = config.z_channels
         self.encoder = Encoder(config)

@@ -199,7 +199,9 @@ def test_fast_convolutions_change_nothing_but_rounding(unet: UNet, size: tuple[i
         unet.compute_fast(False)
     assert made.is_contiguous()
     assert not torch.equal(made, expected), "another way was taken"
-    assert relative(made, expected) < 1e-5
+    assert (
+        relative(made, expected) < 3e-5
+    )  # the largest of all pixels; Winograd rounds about three times as much
 
 
 @pytest.mark.slow
