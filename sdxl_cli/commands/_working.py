@@ -181,18 +181,13 @@ class Worker:
         Raises:
             FileError: one cannot be.
         """
+        from sdxl_cli.generation.behind import finishing
         from sdxl_cli.generation.observe import stage
 
-        try:
+        with finishing(self.behind, self.console.warn):
             yield
-        except BaseException:
-            try:
+            with stage(self.onlooker, "save"):
                 self.behind.settle()
-            except (SdxlError, OSError) as error:
-                self.console.warn(str(error))
-            raise
-        with stage(self.onlooker, "save"):
-            self.behind.settle()
 
 
 def aliases(command: Callable[..., object], request: type[Any]) -> dict[str, str]:

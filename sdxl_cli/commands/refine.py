@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,12 +121,15 @@ def command(
     read_ahead([files])
     places = _places(pictures, output, overwrite)
 
+    from sdxl_cli.generation.behind import Behind, finishing
     from sdxl_cli.generation.session import open_weights
 
     weights = open_weights([files], requests[0], console)[0]
-    started, made = time.perf_counter(), []
-    for picture, request, place in zip(pictures, requests, places, strict=True):
-        made.append(_refine(picture, request, weights, place, console, keep_record=not no_metadata))
+    started, behind = time.perf_counter(), Behind()
+    made: list[dict[str, object]] = []
+    with finishing(behind, console.warn):
+        for picture, request, place in zip(pictures, requests, places, strict=True):
+            behind.do(_refined(picture, request, weights, place, console, made, keep_record=not no_metadata))
     console.json({"pictures": made, "seconds": round(time.perf_counter() - started, 3)})
 
 
@@ -171,16 +175,17 @@ def _places(pictures: list[Path], output: str | None, overwrite: bool) -> list[T
     ]
 
 
-def _refine(
+def _refined(
     picture: Path,
     request: RefineRequest,
     weights: FileWeights,
     place: Target,
     console: Console,
+    made: list[dict[str, object]],
     *,
     keep_record: bool,
-) -> dict[str, object]:
-    """Refine one picture and write the result."""
+) -> Callable[[], None]:
+    """Refine one picture; returns what writes the result and says so, also to ``made``."""
     from sdxl_cli.generation.picture import Texts, read_pixels
     from sdxl_cli.generation.pipeline import Models, record, refine
     from sdxl_cli.generation.plan import plan_refinement, size_multiple
@@ -190,10 +195,14 @@ def _refine(
     plan = plan_refinement(request, (pixels.shape[0], pixels.shape[1]), weights.formulation)
     console.note(f"{picture.name}: {plan.steps} of {request.steps} steps: {plan.split()}")
     result = refine(plan, pixels, weights, console)
-    texts = Texts()
-    if keep_record:
-        source = source_record(picture)
-        texts = record(plan, Models(base=weights), result.seed, kind="refine", source=source).texts()
-    path = place.save(result.pixels, result.seed, texts)
-    console.print_result(str(path))
-    return {"path": path, "seed": result.seed, "steps": plan.steps, "request": plan.request}
+
+    def save() -> None:
+        texts = Texts()
+        if keep_record:
+            source = source_record(picture)
+            texts = record(plan, Models(base=weights), result.seed, kind="refine", source=source).texts()
+        path = place.save(result.pixels, result.seed, texts)
+        console.print_result(str(path))
+        made.append({"path": path, "seed": result.seed, "steps": plan.steps, "request": plan.request})
+
+    return save

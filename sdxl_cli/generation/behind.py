@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+
+from sdxl_cli.errors import SdxlError
 
 WAITING = 1
 """Pieces of work that may wait for the one being done."""
@@ -67,3 +70,25 @@ class Behind:
             self._undone.clear()
             self._failed = False
             raise failure
+
+
+@contextmanager
+def finishing(behind: Behind, warn: Callable[[str], None]) -> Iterator[None]:
+    """When it is left, all work that was handed over is done, also where something stopped what was to be next.
+
+    Args:
+        behind: who does it.
+        warn: is told what could not be done when something else is raised already.
+
+    Raises:
+        Exception: whatever the work raised.
+    """
+    try:
+        yield
+    except BaseException:
+        try:
+            behind.settle()
+        except (SdxlError, OSError) as error:
+            warn(str(error))
+        raise
+    behind.settle()

@@ -260,3 +260,25 @@ def test_a_picture_is_put_together_behind_too(generate: Generate, monkeypatch: p
     assert generate("--init-img", start, "--strength", 0.9, "-o", "b.png").code == 0
     assert len(threads) == 1
     assert threads[0] is not threading.main_thread()
+
+
+def test_refined_pictures_are_written_behind_the_next_too(
+    generate: Generate,
+    steps: Happens,
+    writes: Happens,
+    models: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, second = generate("--num-images", 2, "-o", "made").paths
+    begun = threading.Event()
+    steps += [nothing, begun.set]
+    writes.append(lambda: wait_for(begun))
+    told = ["--strength", "0.5", "--seed", "3", "-o", "refined", "--json"]
+    assert cli.run(["refine", str(first), str(second), "-m", str(models["base"]), *told]) == 0
+    paths = [Path(one["path"]) for one in json.loads(capsys.readouterr().out)["pictures"]]
+    assert [path.name.split("-refined")[0] for path in paths] == [first.stem, second.stem]
+    assert not writes
+    alone = cli.run(["refine", str(second), "-m", str(models["base"]), *told[:-2], "alone", "--json"])
+    assert alone == 0
+    again = Path(json.loads(capsys.readouterr().out)["pictures"][0]["path"])
+    assert again.read_bytes() == paths[1].read_bytes()
