@@ -24,3 +24,5 @@ def ineffective(request: GenerateRequest, steps: int | None = None) -> Iterator[
         yield f"--refiner-mode {request.refiner_mode} changes nothing without --refiner FILE"
     if request.negative_prompt and request.cfg_scale in OFF and request.cfg_schedule == CONSTANT:
         yield f"--negative-prompt changes nothing at --cfg-scale {request.cfg_scale:g}, which is no guidance"
+    if request.prepack == "on" and (request.compile or request.vram == "low"):
+        yield f"--prepack on changes nothing with {'--compile' if request.compile else '--vram low'}"

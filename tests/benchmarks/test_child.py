@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +20,6 @@ def obey(order):
     return {"twice": 2 * order["number"]}
 serve(obey)
 """
-
-
-@pytest.fixture(autouse=True)
-def _scripts() -> Iterator[None]:
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
 
 
 def test_orders_and_answers() -> None:

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 TRIAL = ["--device", "cpu", "--dtype", "fp32", "--shrink", "32", "--rounds", "1"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts() -> Iterator[None]:
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:

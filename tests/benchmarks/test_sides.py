@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,7 @@ import torch
 from sdxl_cli.bench.counting import count
 from sdxl_cli.model.config import TINY
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 PIXELS = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts() -> Iterator[None]:
-    """The scripts import each other as they do when one is run."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,6 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 PEERS = {"diffusers", "accelerate", "bitsandbytes", "prodigyopt", "peft"}
 
 
-@pytest.fixture(autouse=True)
-def _scripts() -> Iterator[None]:
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
-
-
 @pytest.fixture
 def without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     import rows

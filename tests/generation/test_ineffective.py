@@ -18,6 +18,14 @@ def test_a_way_to_use_no_refiner() -> None:
     assert not list(ineffective(GenerateRequest(prompt="x", refiner_mode="sdedit", refiner="r")))
 
 
+def test_packed_layers_where_layers_come_and_go_or_are_compiled() -> None:
+    for more, flag in (({"compile": True}, "--compile"), ({"vram": "low"}, "--vram low")):
+        (text,) = ineffective(GenerateRequest(prompt="x", prepack="on", **more))  # type: ignore[arg-type]
+        assert text == f"--prepack on changes nothing with {flag}"
+        assert not list(ineffective(GenerateRequest(prompt="x", **more)))  # type: ignore[arg-type]
+    assert not list(ineffective(GenerateRequest(prompt="x", prepack="on")))
+
+
 def test_a_number_of_steps_beside_levels_given_one_by_one() -> None:
     """The plan has as many steps as there are levels; who said so said nothing wrong."""
     for flag in ("sigmas", "timesteps"):
